@@ -1,0 +1,94 @@
+// xpatch._native: the only file that knows Python. It takes addresses, sizes and codes, checks the codes, releases the
+// GIL, and calls the core. Keep xpatch/_native.pyi in step.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "core/check.h"
+#include "core/isa.h"
+#include "ops/patch_ffn.h"
+
+namespace py = pybind11;
+
+namespace {
+
+xpatch::PatchFfn patch_ffn_from(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out, int64_t M,
+                                int64_t D, int64_t N, int64_t V, int64_t x_stride, int64_t keys_stride,
+                                int64_t values_stride, int dtype, int activation) {
+  XPATCH_CHECK(xpatch::is_dtype(dtype), "patch_ffn: unknown dtype code " << dtype);
+  XPATCH_CHECK(xpatch::is_activation(activation), "patch_ffn: unknown activation code " << activation);
+  xpatch::PatchFfn op;
+  op.x = reinterpret_cast<const void*>(x);
+  op.keys = reinterpret_cast<const void*>(keys);
+  op.bias = reinterpret_cast<const void*>(bias);
+  op.values = reinterpret_cast<const void*>(values);
+  op.out = reinterpret_cast<void*>(out);
+  op.M = M;
+  op.D = D;
+  op.N = N;
+  op.V = V;
+  op.x_stride = x_stride;
+  op.keys_stride = keys_stride;
+  op.values_stride = values_stride;
+  op.dtype = static_cast<xpatch::DType>(dtype);
+  op.activation = static_cast<xpatch::Activation>(activation);
+  return op;
+}
+
+void patch_ffn_cpu(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out, int64_t M, int64_t D,
+                   int64_t N, int64_t V, int64_t x_stride, int64_t keys_stride, int64_t values_stride, int dtype,
+                   int activation, int threads) {
+  xpatch::patch_ffn(
+      patch_ffn_from(x, keys, bias, values, out, M, D, N, V, x_stride, keys_stride, values_stride, dtype, activation),
+      threads);
+}
+
+void patch_ffn_cuda(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out, int64_t M, int64_t D,
+                    int64_t N, int64_t V, int64_t x_stride, int64_t keys_stride, int64_t values_stride, int dtype,
+                    int activation, uintptr_t stream) {
+  xpatch::patch_ffn_cuda(
+      patch_ffn_from(x, keys, bias, values, out, M, D, N, V, x_stride, keys_stride, values_stride, dtype, activation),
+      reinterpret_cast<void*>(stream));
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+  return "msvc " + std::to_string(_MSC_VER);
+#else
+  return "unknown";
+#endif
+}
+
+py::dict info() {
+  py::list isas;
+  for (xpatch::Isa isa : xpatch::isas_built()) isas.append(xpatch::isa_name(isa));
+  py::dict facts;
+  facts["version"] = XPATCH_VERSION;
+  facts["compiler"] = compiler();
+  facts["isa"] = xpatch::isa_name(xpatch::isa_in_use());
+  facts["isas_built"] = isas;
+#if defined(XPATCH_HAS_CUDA)
+  facts["cuda"] = true;
+  facts["cuda_toolkit"] = XPATCH_CUDA_TOOLKIT;
+#else
+  facts["cuda"] = false;
+  facts["cuda_toolkit"] = py::none();
+#endif
+  return facts;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native core of xpatch; use xpatch.ops.";
+  m.attr("__version__") = XPATCH_VERSION;
+  py::register_exception<xpatch::Error>(m, "NativeError", PyExc_ValueError);
+  m.def("info", &info);
+  m.def("patch_ffn_cpu", &patch_ffn_cpu, py::call_guard<py::gil_scoped_release>());
+  m.def("patch_ffn_cuda", &patch_ffn_cuda, py::call_guard<py::gil_scoped_release>());
+}

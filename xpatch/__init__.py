@@ -1,0 +1,89 @@
+"""xpatch: hot-patch the knowledge of multilingual transformer models.
+
+    patches = xpatch.edit(model, tokenizer, requests, method="mpn")  # -> PatchSet, model untouched
+    xpatch.save(patches, "fixes/")
+    model = xpatch.apply(model, xpatch.load("fixes/"), name="fixes")
+    xpatch.remove(model, "fixes")
+
+Names are loaded on first use, so that ``import xpatch`` is quick and needs only torch, numpy, safetensors and pydantic.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from xpatch._version import __version__
+from xpatch.errors import BackendError, ConflictError, FormatError, MismatchError, XpatchError
+
+if TYPE_CHECKING:
+    from xpatch.api import (
+        Rows,
+        apply,
+        disabled,
+        edit,
+        evaluate,
+        load,
+        methods,
+        optimize,
+        remove,
+        rows,
+        save,
+        status,
+    )
+    from xpatch.patches.requests import EditRequest, Version
+    from xpatch.patches.types import DenseDelta, Gate, LanguageMask, LowRankDelta, PatchNeurons, PatchSet
+
+_HOME = {
+    "xpatch.api": (
+        *("Rows", "apply", "disabled", "edit", "evaluate", "load", "methods", "optimize", "remove", "rows", "save"),
+        "status",
+    ),
+    "xpatch.patches.requests": ("EditRequest", "Version"),
+    "xpatch.patches.types": ("DenseDelta", "Gate", "LanguageMask", "LowRankDelta", "PatchNeurons", "PatchSet"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_SUBMODULES = ("benchmarks", "data", "evaluation", "exporters", "ops", "zoo")
+
+__all__ = [
+    "BackendError",
+    "ConflictError",
+    "DenseDelta",
+    "EditRequest",
+    "FormatError",
+    "Gate",
+    "LanguageMask",
+    "LowRankDelta",
+    "MismatchError",
+    "PatchNeurons",
+    "PatchSet",
+    "Rows",
+    "Version",
+    "XpatchError",
+    "__version__",
+    "apply",
+    "disabled",
+    "edit",
+    "evaluate",
+    "load",
+    "methods",
+    "optimize",
+    "remove",
+    "rows",
+    "save",
+    "status",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f"xpatch.{name}")
+    raise AttributeError(f"module 'xpatch' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -1,0 +1,188 @@
+"""What an edit is asked to do: `EditRequest`, one request for all languages, and its readers (objects, dicts, JSONL)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from xpatch.errors import FormatError
+
+REQUEST_SCHEMA_VERSION = 1
+
+
+class Probe(BaseModel):
+    """One text (or text pair) a model is asked about. A plain string is accepted for the text alone.
+
+    `target` is the expected answer; `None` means the request's own target (rephrases) or "whatever the base says" (locality).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str = Field(min_length=1)
+    text_pair: str | None = None
+    target: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"text": value} if isinstance(value, str) else value
+
+
+class Version(BaseModel):
+    """One language's wording of an edit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str = Field(min_length=1)
+    text_pair: str | None = None
+    target: str | None = None
+    subject: str | None = None
+    rephrases: tuple[Probe, ...] = ()
+    locality: tuple[Probe, ...] = ()
+    portability: tuple[Probe, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"text": value} if isinstance(value, str) else value
+
+    @property
+    def probe(self) -> Probe:
+        """The edited text itself as a probe."""
+        return Probe(text=self.text, text_pair=self.text_pair, target=self.target)
+
+
+class EditRequest(BaseModel):
+    """One edit in every language it is known in.
+
+    `versions` maps a language code to its `Version`; `language` names the one the edit was written in; `target` is shared by
+    the versions that name none (a class label, as in the model's `label2id`, or its index as a string).
+
+    The flat form `{"id", "text", "target", "language", "parallel": {lang: text}, "rephrases": [...]}` is accepted as sugar.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(min_length=1)
+    versions: dict[str, Version] = Field(min_length=1)
+    language: str = "en"
+    target: str | None = None
+    old_target: str | None = None
+    author: str | None = None
+    reason: str | None = None
+    expires: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_flat(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or "text" not in value:
+            return value
+        if "versions" in value:
+            raise ValueError("give either 'text' (flat form) or 'versions', not both")
+        flat = dict(value)
+        language = flat.get("language", "en")
+        own = {
+            name: flat.pop(name) for name in ("text", "text_pair", "subject", "rephrases", "locality", "portability") if name in flat
+        }
+        parallel = flat.pop("parallel", None) or {}
+        if not isinstance(parallel, Mapping):
+            raise ValueError("'parallel' must map a language code to a text")
+        if language in parallel:
+            raise ValueError(f"'parallel' repeats the edit's own language {language!r}")
+        return {**flat, "versions": {language: own, **parallel}}
+
+    @field_validator("id", "target", "old_target", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _has_own_language(self) -> EditRequest:
+        if self.language not in self.versions:
+            raise ValueError(f"language {self.language!r} has no version; versions are {sorted(self.versions)}")
+        return self
+
+    def target_of(self, language: str) -> str | None:
+        """The target of one version: its own, else the shared one."""
+        return self.versions[language].target or self.target
+
+
+def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]] | str | Path) -> list[EditRequest]:
+    """Objects, dicts, or the path of a JSONL file -> a checked, non-empty list with unique ids.
+
+    Raises `FormatError` naming the line (or position) and what is wrong with it.
+    """
+    if isinstance(requests, (str, Path)):
+        return read_requests(requests)
+    parsed = [
+        item if isinstance(item, EditRequest) else _parse(item, where=f"request {position}")
+        for position, item in enumerate(requests, start=1)
+    ]
+    return _checked(parsed, where="the requests given")
+
+
+def read_requests(path: str | Path) -> list[EditRequest]:
+    """Read a JSONL file, one request a line (blank lines are skipped)."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise FormatError(f"request file {path} does not exist; give the path of a JSONL file, one request a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"request file {path} cannot be read: {error}") from None
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FormatError(f"{where}: not valid JSON ({error.msg} at column {error.colno}): {_shorten(line)}") from None
+        parsed.append(_parse(data, where=where))
+    return _checked(parsed, where=str(path))
+
+
+def write_requests(requests: Iterable[EditRequest], path: str | Path) -> None:
+    """Write requests as JSONL, through a temporary file."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(
+        "".join(json.dumps(r.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n" for r in requests), encoding="utf-8"
+    )
+    temporary.replace(path)
+
+
+def request_schema() -> dict[str, Any]:
+    """The JSON schema of one request line (committed as `request.schema.json`)."""
+    return {"$id": f"xpatch-request-v{REQUEST_SCHEMA_VERSION}", **EditRequest.model_json_schema()}
+
+
+def _parse(data: Any, *, where: str) -> EditRequest:
+    if not isinstance(data, Mapping):
+        raise FormatError(f"{where}: expected a JSON object with 'id' and 'text' (or 'versions'), found {_shorten(repr(data))}")
+    try:
+        return EditRequest.model_validate(dict(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "request"
+        raise FormatError(f"{where}: {field}: {first['msg']}; found {_shorten(json.dumps(dict(data), ensure_ascii=False, default=repr))}") from None
+
+
+def _checked(requests: list[EditRequest], *, where: str) -> list[EditRequest]:
+    if not requests:
+        raise FormatError(f"{where} hold no edit request; give at least one")
+    seen: set[str] = set()
+    for request in requests:
+        if request.id in seen:
+            raise FormatError(f"{where}: request id {request.id!r} occurs twice; ids must be unique")
+        seen.add(request.id)
+    return requests
+
+
+def _shorten(text: str, limit: int = 120) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
