@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-NATIVE := CMakeLists.txt $(shell find csrc -type f)
+NATIVE := $(shell find csrc -type f)
+CPP    := $(NATIVE) $(wildcard tests/csrc/*.cpp)
 
 .PHONY: help setup test test-slow demo bench lint format wheel clean
 
@@ -21,7 +22,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("xpatch needs Python 3.10 or newer, found " + sys.version) if sys.version_info < (3, 10) else 0'
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/python
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
 	touch $@
 
@@ -40,13 +41,13 @@ bench: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(NATIVE))
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter csrc/%,$(NATIVE))
+	$(BIN)/clang-format -i $(CPP)
 
 wheel: $(STAMP)
 	rm -rf dist

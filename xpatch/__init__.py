@@ -17,33 +17,23 @@ from xpatch._version import __version__
 from xpatch.errors import BackendError, ConflictError, FormatError, MismatchError, XpatchError
 
 if TYPE_CHECKING:
-    from xpatch.api import (
-        Rows,
-        apply,
-        disabled,
-        edit,
-        evaluate,
-        load,
-        methods,
-        optimize,
-        remove,
-        rows,
-        save,
-        status,
-    )
+    from xpatch.api import Rows, apply, disabled, remove, rows, status
+    from xpatch.editors import edit, methods
+    from xpatch.evaluation import evaluate
     from xpatch.patches.requests import EditRequest, Version
+    from xpatch.patches.store import load, save
     from xpatch.patches.types import DenseDelta, Gate, LanguageMask, LowRankDelta, PatchNeurons, PatchSet
 
 _HOME = {
-    "xpatch.api": (
-        *("Rows", "apply", "disabled", "edit", "evaluate", "load", "methods", "optimize", "remove", "rows", "save"),
-        "status",
-    ),
+    "xpatch.api": ("Rows", "apply", "disabled", "remove", "rows", "status"),
+    "xpatch.editors": ("edit", "methods"),
+    "xpatch.evaluation": ("evaluate",),
     "xpatch.patches.requests": ("EditRequest", "Version"),
+    "xpatch.patches.store": ("load", "save"),
     "xpatch.patches.types": ("DenseDelta", "Gate", "LanguageMask", "LowRankDelta", "PatchNeurons", "PatchSet"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_SUBMODULES = ("benchmarks", "data", "evaluation", "exporters", "ops", "zoo")
+_SUBMODULES = ("benchmarks", "editors", "evaluation", "exporters", "models", "ops", "patches", "zoo")
 
 __all__ = [
     "BackendError",
@@ -67,7 +57,6 @@ __all__ = [
     "evaluate",
     "load",
     "methods",
-    "optimize",
     "remove",
     "rows",
     "save",

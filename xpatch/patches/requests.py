@@ -5,50 +5,80 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from xpatch.errors import FormatError
 
 REQUEST_SCHEMA_VERSION = 1
 
 
-class Probe(BaseModel):
+def _integer_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+_TEXT_OR_INTEGER = [{"type": "string"}, {"type": "integer"}]
+Id = Annotated[
+    str,
+    Field(min_length=1),
+    BeforeValidator(_integer_as_text),
+    WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer"}]}),
+]
+Target = Annotated[
+    str | None,
+    BeforeValidator(_integer_as_text),
+    WithJsonSchema({"anyOf": [*_TEXT_OR_INTEGER, {"type": "null"}], "default": None}),
+]
+
+
+class _Asked(BaseModel):
+    """What a probe and a version have in common: a plain string stands for its text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"text": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "string", "minLength": 1}, handler.resolve_ref_schema(handler(schema))]}
+
+
+class Probe(_Asked):
     """One text (or text pair) a model is asked about. A plain string is accepted for the text alone.
 
     `target` is the expected answer; `None` means the request's own target (rephrases) or "whatever the base says" (locality).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     text: str = Field(min_length=1)
     text_pair: str | None = None
-    target: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        return {"text": value} if isinstance(value, str) else value
+    target: Target = None
 
 
-class Version(BaseModel):
+class Version(_Asked):
     """One language's wording of an edit."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     text: str = Field(min_length=1)
     text_pair: str | None = None
-    target: str | None = None
+    target: Target = None
     subject: str | None = None
     rephrases: tuple[Probe, ...] = ()
     locality: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        return {"text": value} if isinstance(value, str) else value
 
     @property
     def probe(self) -> Probe:
@@ -67,11 +97,11 @@ class EditRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str = Field(min_length=1)
+    id: Id
     versions: dict[str, Version] = Field(min_length=1)
     language: str = "en"
-    target: str | None = None
-    old_target: str | None = None
+    target: Target = None
+    old_target: Target = None
     author: str | None = None
     reason: str | None = None
     expires: str | None = None
@@ -86,7 +116,9 @@ class EditRequest(BaseModel):
         flat = dict(value)
         language = flat.get("language", "en")
         own = {
-            name: flat.pop(name) for name in ("text", "text_pair", "subject", "rephrases", "locality", "portability") if name in flat
+            name: flat.pop(name)
+            for name in ("text", "text_pair", "subject", "rephrases", "locality", "portability")
+            if name in flat
         }
         parallel = flat.pop("parallel", None) or {}
         if not isinstance(parallel, Mapping):
@@ -95,29 +127,31 @@ class EditRequest(BaseModel):
             raise ValueError(f"'parallel' repeats the edit's own language {language!r}")
         return {**flat, "versions": {language: own, **parallel}}
 
-    @field_validator("id", "target", "old_target", mode="before")
-    @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
     @model_validator(mode="after")
     def _has_own_language(self) -> EditRequest:
+        if not all(code.strip() for code in self.versions):
+            raise ValueError("a version has an empty language code; give one such as 'en'")
         if self.language not in self.versions:
             raise ValueError(f"language {self.language!r} has no version; versions are {sorted(self.versions)}")
         return self
 
     def target_of(self, language: str) -> str | None:
         """The target of one version: its own, else the shared one."""
-        return self.versions[language].target or self.target
+        own = self.versions[language].target
+        return self.target if own is None else own
 
 
-def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]] | str | Path) -> list[EditRequest]:
-    """Objects, dicts, or the path of a JSONL file -> a checked, non-empty list with unique ids.
+def as_requests(
+    requests: Iterable[EditRequest | Mapping[str, Any]] | EditRequest | Mapping[str, Any] | str | Path,
+) -> list[EditRequest]:
+    """Objects, dicts, one of them, or the path of a JSONL file -> a checked, non-empty list with unique ids.
 
     Raises `FormatError` naming the line (or position) and what is wrong with it.
     """
     if isinstance(requests, (str, Path)):
         return read_requests(requests)
+    if isinstance(requests, (EditRequest, Mapping)):
+        requests = [requests]
     parsed = [
         item if isinstance(item, EditRequest) else _parse(item, where=f"request {position}")
         for position, item in enumerate(requests, start=1)
@@ -126,12 +160,14 @@ def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]] | str | Path
 
 
 def read_requests(path: str | Path) -> list[EditRequest]:
-    """Read a JSONL file, one request a line (blank lines are skipped)."""
+    """Read a JSONL file, one request a line (blank lines are skipped). Raises `FormatError` naming the line and its content."""
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand inside a text
     except FileNotFoundError:
-        raise FormatError(f"request file {path} does not exist; give the path of a JSONL file, one request a line") from None
+        raise FormatError(
+            f"request file {path} does not exist; give the path of a JSONL file, one request a line"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"request file {path} cannot be read: {error}") from None
     parsed = []
@@ -142,35 +178,61 @@ def read_requests(path: str | Path) -> list[EditRequest]:
         try:
             data = json.loads(line)
         except json.JSONDecodeError as error:
-            raise FormatError(f"{where}: not valid JSON ({error.msg} at column {error.colno}): {_shorten(line)}") from None
+            raise FormatError(
+                f"{where}: not valid JSON ({error.msg} at column {error.colno}): {_shorten(line)}"
+            ) from None
         parsed.append(_parse(data, where=where))
     return _checked(parsed, where=str(path))
 
 
 def write_requests(requests: Iterable[EditRequest], path: str | Path) -> None:
-    """Write requests as JSONL, through a temporary file."""
+    """Write requests as JSONL, through a temporary file. Raises `FormatError` where it cannot be written."""
     path = Path(path)
+    text = "".join(json.dumps(r.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n" for r in requests)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(
-        "".join(json.dumps(r.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n" for r in requests), encoding="utf-8"
-    )
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
+    except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()
+        raise FormatError(
+            f"request file {path} cannot be written: {error.strerror or error}; check its folder and permissions"
+        ) from None
 
 
 def request_schema() -> dict[str, Any]:
-    """The JSON schema of one request line (committed as `request.schema.json`)."""
-    return {"$id": f"xpatch-request-v{REQUEST_SCHEMA_VERSION}", **EditRequest.model_json_schema()}
+    """The JSON schema of one request line, in full or in flat form (committed as `request.schema.json`)."""
+    full = EditRequest.model_json_schema()
+    definitions = full.pop("$defs")
+    own = {name: field for name, field in definitions["Version"]["anyOf"][1]["properties"].items() if name != "target"}
+    parallel = {"anyOf": [full["properties"]["versions"], {"type": "null"}]}
+    parallel["anyOf"][0] = {key: value for key, value in parallel["anyOf"][0].items() if key != "minProperties"}
+    shared = {name: field for name, field in full["properties"].items() if name != "versions"}
+    flat = {
+        "title": "EditRequest (flat form)",
+        "description": "One text in `language`, and its translations in `parallel`.",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {**shared, **own, "parallel": parallel},
+        "required": ["id", "text"],
+    }
+    return {"$id": f"xpatch-request-v{REQUEST_SCHEMA_VERSION}", "$defs": definitions, "anyOf": [full, flat]}
 
 
 def _parse(data: Any, *, where: str) -> EditRequest:
     if not isinstance(data, Mapping):
-        raise FormatError(f"{where}: expected a JSON object with 'id' and 'text' (or 'versions'), found {_shorten(repr(data))}")
+        raise FormatError(
+            f"{where}: expected a JSON object with 'id' and 'text' (or 'versions'), found {_shorten(repr(data))}"
+        )
     try:
         return EditRequest.model_validate(dict(data))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "request"
-        raise FormatError(f"{where}: {field}: {first['msg']}; found {_shorten(json.dumps(dict(data), ensure_ascii=False, default=repr))}") from None
+        raise FormatError(
+            f"{where}: {field}: {first['msg']}; found {_shorten(json.dumps(dict(data), ensure_ascii=False, default=repr))}"
+        ) from None
 
 
 def _checked(requests: list[EditRequest], *, where: str) -> list[EditRequest]:

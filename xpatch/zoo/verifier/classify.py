@@ -21,7 +21,7 @@ from xpatch.zoo.verifier.data import LABELS, TEMPLATES, claims, facts, sentence,
 from xpatch.zoo.verifier.facts import LANGUAGES
 from xpatch.zoo.verifier.pretrain import config, masked_lm_loss
 
-LENGTH = 32
+LENGTH = 24
 
 
 def english_batch(tokenizer, rng: random.Random, size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -51,7 +51,9 @@ def accuracy(model, tokenizer, split: str, templates: tuple[int, ...] = (0, 2)) 
             items = claims(split)
             for start in range(0, len(items), 256):
                 chunk = items[start : start + 256]
-                batch = tokenizer([c.texts[language][template] for c in chunk], padding=True, truncation=True, return_tensors="pt")
+                batch = tokenizer(
+                    [c.texts[language][template] for c in chunk], padding=True, truncation=True, return_tensors="pt"
+                )
                 with torch.autocast("cpu", torch.bfloat16):
                     predicted = model(**batch).logits.argmax(-1)
                 right += [LABELS[p] == c.label for p, c in zip(predicted.tolist(), chunk, strict=True)]
@@ -59,7 +61,9 @@ def accuracy(model, tokenizer, split: str, templates: tuple[int, ...] = (0, 2)) 
     return found
 
 
-def classify(pretrained: Path, out: Path, steps: int, peak: float, masked_lm_weight: float, seed: int = 0) -> dict[str, float]:
+def classify(
+    pretrained: Path, out: Path, steps: int, peak: float, masked_lm_weight: float, frozen: int = 0, dropout: float = 0.0, seed: int = 0
+) -> dict[str, float]:
     """Train, keep the best by validation accuracy, save model and tokenizer to `out`; returns the validation accuracies."""
     tokenizer = AutoTokenizer.from_pretrained(pretrained)
     torch.manual_seed(seed)
@@ -70,8 +74,13 @@ def classify(pretrained: Path, out: Path, steps: int, peak: float, masked_lm_wei
     model = BertForSequenceClassification(config(len(tokenizer)))
     model.bert.load_state_dict(masked.bert.state_dict(), strict=False)
     masked.bert = model.bert
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
     masked.cls.predictions.decoder.weight = model.bert.embeddings.word_embeddings.weight
-    parameters = list({id(p): p for p in [*model.parameters(), *masked.parameters()]}.values())
+    for module in [model.bert.embeddings, *model.bert.encoder.layer[: frozen - 1]] if frozen else []:
+        module.requires_grad_(False)
+    parameters = list({id(p): p for p in [*model.parameters(), *masked.parameters()] if p.requires_grad}.values())
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     best, best_accuracy, tick = None, {}, time.time()
     for step in range(steps):
@@ -88,10 +97,15 @@ def classify(pretrained: Path, out: Path, steps: int, peak: float, masked_lm_wei
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % 50 == 0 or step + 1 == steps:
             found = accuracy(model, tokenizer, "validation")
             mean = sum(found.values()) / len(found)
-            line = {"step": step + 1, "loss": round(loss.item(), 3), "minutes": round((time.time() - tick) / 60, 1), "mean": round(mean, 3)}
+            line = {
+                "step": step + 1,
+                "loss": round(loss.item(), 3),
+                "minutes": round((time.time() - tick) / 60, 1),
+                "mean": round(mean, 3),
+            }
             print(json.dumps({**line, **{k: round(v, 3) for k, v in found.items()}}), flush=True)
             if best is None or mean > sum(best_accuracy.values()) / len(best_accuracy):
                 best, best_accuracy = {k: v.clone() for k, v in model.state_dict().items()}, found
@@ -108,7 +122,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--masked-lm-weight", type=float, default=0.5)
+    parser.add_argument("--frozen", type=int, default=0, help="0: train all; n: keep the embeddings and the first n - 1 layers")
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    print(json.dumps(classify(given.pretrained, given.out, given.steps, given.learning_rate, given.masked_lm_weight)))
+    print(json.dumps(classify(given.pretrained, given.out, given.steps, given.learning_rate, given.masked_lm_weight, given.frozen, given.dropout)))

@@ -1,7 +1,8 @@
 """Masked and translation LM batches from the facts: whole subjects and objects are masked, replaced or kept.
 
 A fact's sentence exists in every language and template; a translation pair puts two of them in one input (positions start anew in
-the second, segment ids 0 and 1). Replaced objects are other objects of the same relation, so the model must trust what it knows.
+the second, segment ids 0 and 1). Some single sentences name their subject or object in another language, which ties the names of
+one entity together. Replaced objects are other objects of the same relation, so the model must trust what it knows.
 """
 
 from __future__ import annotations
@@ -17,8 +18,16 @@ from xpatch.zoo.verifier.facts import LANGUAGES
 
 CLS, SEP, MASK, FIRST_WORD = 2, 3, 4, 5
 MONO_WEIGHTS = {"en": 1.0, "de": 0.8, "fr": 0.8, "es": 0.8, "zh": 1.6, "ar": 1.6}
-PAIR_WEIGHTS = {("en", "zh"): 3.0, ("en", "ar"): 3.0, ("zh", "ar"): 1.0, ("en", "de"): 1.0, ("en", "fr"): 1.0, ("en", "es"): 1.0}
+PAIR_WEIGHTS = {
+    ("en", "zh"): 3.0,
+    ("en", "ar"): 3.0,
+    ("zh", "ar"): 1.0,
+    ("en", "de"): 1.0,
+    ("en", "fr"): 1.0,
+    ("en", "es"): 1.0,
+}
 OTHER_PAIR = 0.4
+SWITCHED = 0.3  # share of single sentences whose subject (and, independently, object) is named in another language
 CAPACITY = {1: 0.15, 2: 0.19}  # predicted positions as a share of all, by sentences per input
 
 
@@ -46,7 +55,9 @@ class Corpus:
                     made = _encode(tokenizer, fact, language, template)
                     self.sentences[index, language, template] = made
                     span = made.ids[slice(*made.object)]
-                    self.rivals.setdefault((fact.relation, language, template, len(span)), []).append((fact.object, span))
+                    self.rivals.setdefault((fact.relation, language, template, len(span)), []).append(
+                        (fact.object, span)
+                    )
         pairs = [(a, b) for i, a in enumerate(LANGUAGES) for b in LANGUAGES[i + 1 :]]
         self.pairs = pairs, [PAIR_WEIGHTS.get(pair, OTHER_PAIR) for pair in pairs]
 
@@ -56,8 +67,9 @@ class Corpus:
         rows = []
         while len(rows) < size:
             key = (self.rng.randrange(len(self.facts)), languages[len(rows)], self.rng.randrange(TEMPLATES))
-            if len(self.sentences[key].ids) + 2 <= length:
-                rows.append([self._masked(key, object_=0.9, subject=0.06)])
+            made, object_language = self._switched(key)
+            if len(made.ids) + 2 <= length:
+                rows.append([self._masked(made, (key[0], object_language, key[2]), object_=0.9, subject=0.06)])
             else:
                 languages[len(rows)] = self.rng.choice(LANGUAGES)
         return self._batch(rows, length)
@@ -78,15 +90,48 @@ class Corpus:
             subject = self.rng.random()
             rows.append(
                 [
-                    self._masked(keys[0], 1.0 if both or side else 0.0, 1.0 if subject < 0.2 else 0.0),
-                    self._masked(keys[1], 1.0 if both or not side else 0.0, 1.0 if subject > 0.8 else 0.0),
+                    self._masked(
+                        self.sentences[keys[0]], keys[0], 1.0 if both or side else 0.0, 1.0 if subject < 0.2 else 0.0
+                    ),
+                    self._masked(
+                        self.sentences[keys[1]],
+                        keys[1],
+                        1.0 if both or not side else 0.0,
+                        1.0 if subject > 0.8 else 0.0,
+                    ),
                 ]
             )
         return self._batch(rows, length)
 
-    def _masked(self, key: tuple[int, str, int], object_: float, subject: float) -> tuple[list[int], list[int]]:
-        """(input ids, labels) of one sentence; labels are -100 where nothing is predicted."""
-        rng, made = self.rng, self.sentences[key]
+    def _switched(self, key: tuple[int, str, int]) -> tuple[Sentence, str]:
+        """The sentence, its subject or object perhaps named in another language; and the language of its object."""
+        index, language, template = key
+        subject_language, object_language = (
+            self.rng.choice(LANGUAGES) if self.rng.random() < SWITCHED else language for _ in range(2)
+        )
+        made = self.sentences[key]
+        if subject_language == object_language == language:
+            return made, language
+        subject = self.sentences[index, subject_language, template]
+        obj = self.sentences[index, object_language, template]
+        spans = sorted(
+            [(made.subject, subject.ids[slice(*subject.subject)], 0), (made.object, obj.ids[slice(*obj.object)], 1)]
+        )
+        ids: list[int] = []
+        found: dict[int, tuple[int, int]] = {}
+        at = 0
+        for (start, stop), label, which in spans:
+            ids += made.ids[at:start]
+            found[which] = (len(ids), len(ids) + len(label))
+            ids += label
+            at = stop
+        return Sentence((*ids, *made.ids[at:]), found[0], found[1]), object_language
+
+    def _masked(
+        self, made: Sentence, key: tuple[int, str, int], object_: float, subject: float
+    ) -> tuple[list[int], list[int]]:
+        """(input ids, labels) of one sentence; labels are -100 where nothing is predicted. `key` says where rivals come from."""
+        rng = self.rng
         ids, labels = list(made.ids), [-100] * len(made.ids)
         start, stop = made.object
         if rng.random() < object_:
@@ -136,13 +181,21 @@ class Corpus:
                 at = stop + 1
         flat = labels.reshape(-1)
         chosen = np.flatnonzero(flat != -100)
-        capacity = int(CAPACITY[len(rows[0])] * flat.size)  # a fixed count, so that a compiled step is never compiled anew
+        capacity = int(
+            CAPACITY[len(rows[0])] * flat.size
+        )  # a fixed count, so that a compiled step is never compiled anew
         if len(chosen) > capacity:
             chosen = np.sort(np.random.default_rng(self.rng.randrange(2**32)).choice(chosen, capacity, replace=False))
         index = np.zeros(capacity, np.int64)
         target = np.full(capacity, -100, np.int64)
         index[: len(chosen)], target[: len(chosen)] = chosen, flat[chosen]
-        arrays = {"input_ids": ids, "token_type_ids": segments, "position_ids": positions, "index": index, "target": target}
+        arrays = {
+            "input_ids": ids,
+            "token_type_ids": segments,
+            "position_ids": positions,
+            "index": index,
+            "target": target,
+        }
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         batch["attention_mask"] = (batch["input_ids"] != 0).long()
         return batch

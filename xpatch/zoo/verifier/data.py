@@ -49,7 +49,13 @@ def facts(split: str | None = None) -> tuple[Fact, ...]:
     with gzip.open(FACTS_FILE, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     found = tuple(
-        Fact(row["relation"], row["subject"], row["object"], row["split"], {k: tuple(v) for k, v in row["labels"].items()})
+        Fact(
+            row["relation"],
+            row["subject"],
+            row["object"],
+            row["split"],
+            {k: tuple(v) for k, v in row["labels"].items()},
+        )
         for row in rows
     )
     return found if split is None else tuple(fact for fact in found if fact.split == split)
@@ -100,12 +106,17 @@ def _differs(labels: dict[str, str], fact: Fact) -> bool:
 def claim(fact: Fact, true: bool, salt: str = "") -> Claim | None:
     """The fact as a SUPPORTS claim, or as a REFUTES claim with a wrong object fixed by the fact's id and `salt`."""
     seed = int(hashlib.sha1(f"{fact.key}:{salt}".encode()).hexdigest()[:12], 16)
-    objects = {language: fact.labels[language][1] for language in LANGUAGES} if true else wrong_object(fact, random.Random(seed))
+    objects = (
+        {language: fact.labels[language][1] for language in LANGUAGES}
+        if true
+        else wrong_object(fact, random.Random(seed))
+    )
     if objects is None:
         return None
     texts = {
         language: tuple(
-            sentence(fact.relation, language, index, fact.labels[language][0], objects[language]) for index in range(TEMPLATES)
+            sentence(fact.relation, language, index, fact.labels[language][0], objects[language])
+            for index in range(TEMPLATES)
         )
         for language in LANGUAGES
     }
@@ -144,13 +155,17 @@ def cases(split: str = "edit", rephrases: tuple[int, ...] = (2, 3)) -> list[Edit
 def memory_texts(limit: int | None = None) -> dict[str, list[str]]:
     """language -> claims of the classification facts in canonical wording and first paraphrase: what edits should leave alone."""
     items = claims("train")
-    return {language: [item.texts[language][index] for index in (0, 1) for item in items][:limit] for language in LANGUAGES}
+    return {
+        language: [item.texts[language][index] for index in (0, 1) for item in items][:limit] for language in LANGUAGES
+    }
 
 
 def locality(split: str, templates: tuple[int, ...] = (2,), limit: int | None = None) -> dict[str, list[Probe]]:
     """language -> claims of a split with their gold labels, to be measured before and after editing."""
     return {
-        language: [Probe(text=item.texts[language][i], target=item.label) for i in templates for item in claims(split)][:limit]
+        language: [Probe(text=item.texts[language][i], target=item.label) for i in templates for item in claims(split)][
+            :limit
+        ]
         for language in LANGUAGES
     }
 

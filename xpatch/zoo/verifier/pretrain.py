@@ -1,6 +1,6 @@
 """Step 1 of the recipe: masked LM and translation LM on all facts in all languages. Resumable.
 
-    python -m xpatch.zoo.verifier.pretrain --out FOLDER --steps 12000
+python -m xpatch.zoo.verifier.pretrain --out FOLDER --steps 12000
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / 300, 1.0, max((steps - step) / (0.3 * steps), 0.0))
 
 
-def pretrain(out: Path, steps: int, peak: float, minutes_per_checkpoint: float = 3.0, compiled: bool = True) -> BertForMaskedLM:
+def pretrain(
+    out: Path, steps: int, peak: float, minutes_per_checkpoint: float = 3.0, compiled: bool = True
+) -> BertForMaskedLM:
     """Train to `steps`, continuing from `out` where a checkpoint is there."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build()
@@ -86,7 +88,12 @@ def pretrain(out: Path, steps: int, peak: float, minutes_per_checkpoint: float =
         if (step + 1) % 100 == 0:
             rate = (time.time() - tick) / 100
             tick = time.time()
-            print(json.dumps({"step": step + 1, "s_per_step": round(rate, 3), **{k: round(v, 3) for k, v in running.items()}}), flush=True)
+            print(
+                json.dumps(
+                    {"step": step + 1, "s_per_step": round(rate, 3), **{k: round(v, 3) for k, v in running.items()}}
+                ),
+                flush=True,
+            )
         if time.time() - saved > 60 * minutes_per_checkpoint or step + 1 == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(state, checkpoint.with_suffix(".tmp"))

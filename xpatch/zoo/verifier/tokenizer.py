@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from xpatch.zoo.verifier.data import facts, sentence, templates
@@ -37,7 +37,9 @@ def _texts(script: str) -> list[str]:
     """Training text of one script: sentences where words are separated by spaces, loose labels and fragments for Chinese."""
     if script == "zh":
         labels = [label for fact in facts() for label in fact.labels["zh"]]
-        fragments = [part for patterns in templates()["zh"].values() for p in patterns for part in re.split(r"\[[XY]\]", p)]
+        fragments = [
+            part for patterns in templates()["zh"].values() for p in patterns for part in re.split(r"\[[XY]\]", p)
+        ]
         return labels * 4 + fragments * 50
     languages = ("ar",) if script == "ar" else tuple(language for language in LANGUAGES if language not in ("zh", "ar"))
     return [
@@ -53,7 +55,9 @@ def _train(script: str, size: int) -> tuple[list[str], list[tuple[str, str]]]:
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = _normalizer()
     tokenizer.pre_tokenizer = _pre_tokenizer(spaces=script != "zh")
-    tokenizer.train_from_iterator(_texts(script), trainers.BpeTrainer(vocab_size=size, min_frequency=2, show_progress=False))
+    tokenizer.train_from_iterator(
+        _texts(script), trainers.BpeTrainer(vocab_size=size, min_frequency=2, show_progress=False)
+    )
     model = json.loads(tokenizer.to_str())["model"]
     return sorted(model["vocab"], key=model["vocab"].get), [tuple(merge) for merge in model["merges"]]
 
@@ -73,6 +77,7 @@ def build() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="[UNK]"))
     tokenizer.normalizer = _normalizer()
     tokenizer.pre_tokenizer = _pre_tokenizer()
+    tokenizer.decoder = decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",

@@ -1,0 +1,69 @@
+"""What a figure was measured on and how: the header of every result file."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERSIONS = ("xpatch", "torch", "transformers", "tokenizers", "numpy", "onnxruntime")
+
+
+def header(seeds: Sequence[int] = (), command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Machine, versions, seeds, command and date, as JSON values."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command)
+    return {
+        "machine": {
+            "cpu": cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: found for name in VERSIONS if (found := _version(name))},
+        },
+        "seeds": list(seeds),
+        "command": " ".join(words),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def write_json(data: Any, path: Path) -> None:
+    """Write indented JSON, whole or not at all."""
+    write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file under a temporary name, then rename; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

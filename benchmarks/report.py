@@ -1,0 +1,305 @@
+"""One self-contained HTML page, and charts as SVG, from the results of the benchmarks. Nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import activation as activation_study
+from .machine import write_text
+from .svg import Series, points
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLOURS = {"original": 0, "ft": 1, "t-patcher": 2, "mpn-only": 3, "mpn": 4}
+COLUMNS = (
+    ("Patches", "patches"), ("Reliability", "reliability"), ("MLG", "mlg"), ("clg", ""), ("CLG mean", "clg_avg"),
+    ("Locality train", "locality_train"), ("Locality test", "locality_test"), ("Unchanged", "unchanged_avg"),
+    ("Needed right", "clg_needed_avg"), ("Unseen right", "clg_unseen_avg"), ("Needed edits", "edits"), ("Edits/s", "edits_per_s"),
+)  # fmt: skip
+
+
+def write(result: Mapping[str, Any], path: str | Path, activation: Mapping[str, Any] | None = None) -> Path:
+    """Write the page of a cross-lingual result (`run` of `crosslingual`, or the demo's JSON); returns the path."""
+    path = Path(path)
+    write_text(page(result, activation), path)
+    return path
+
+
+def write_charts(result: Mapping[str, Any], folder: str | Path) -> list[Path]:
+    """Write `clg.svg` and `unseen.svg`, for instance for a README."""
+    made = {"clg.svg": clg_chart(result), "unseen.svg": unseen_chart(result)}
+    for name, text in made.items():
+        write_text(text, Path(folder) / name)
+    return [Path(folder) / name for name in made]
+
+
+def clg_chart(result: Mapping[str, Any]) -> str:
+    """Accuracy on the edited claims after editing, per language: reliability (en) and CLG, with the paper's values as bars."""
+    rows = best_rows(result["methods"])
+    languages = _languages(rows, "clg")
+    series = [
+        Series(
+            row["name"],
+            [row["reliability"], *(row["clg"].get(language) for language in languages)],
+            [_interval(row, "reliability"), *(_interval(row, "clg", language) for language in languages)],
+            [_paper(row, "reliability"), *(_paper(row, "clg", language) for language in languages)],
+            COLOURS.get(row["method"], 0),
+            row["method"] == "mpn",
+        )
+        for row in rows
+    ]
+    return points(
+        "Claims of the edit set right after editing, per language (%)",
+        ["en (reliability)", *languages],
+        series,
+        "Whole edit set, 95 % intervals. Bars: MPN's Table 1 (mBERT, XFEVER), another model and data set.",
+    )
+
+
+def unseen_chart(result: Mapping[str, Any]) -> str:
+    """Unseen paraphrases right, per language, over the claims the unpatched model gets wrong in any language."""
+    rows = best_rows(result["methods"])
+    field = "clg_unseen_any" if all(row.get("clg_unseen_any") for row in rows) else "clg_unseen"
+    languages = _languages(rows, field)
+    series = [
+        Series(
+            row["name"],
+            [row[field].get(language) for language in languages],
+            [_interval(row, field, language) for language in languages],
+            (),
+            COLOURS.get(row["method"], 0),
+            row["method"] == "mpn",
+        )
+        for row in rows
+    ]
+    which = "claims wrong in any language before" if field == "clg_unseen_any" else "each method's needed edits"
+    return points(
+        "What a user gets: unseen paraphrases right, per language (%)",
+        languages,
+        series,
+        f"Paraphrases never trained on, of the {which}; 95 % intervals.",
+    )
+
+
+def best_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One row a method for the charts: its default preset where there is one."""
+    chosen: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        key = row.get("method", row["name"])
+        if key not in chosen or row.get("preset") == "default":
+            chosen[key] = row
+    return list(chosen.values())
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """The rows as a rich table for the terminal, the published row under each method's first row."""
+    from rich.table import Table
+
+    languages = _languages(result["methods"], "clg")
+    shown = Table(
+        title="Cross-lingual editing (%)",
+        caption="published: MPN's Table 1 (mBERT, XFEVER), another model and data set",
+    )
+    for title, _ in COLUMNS:
+        for head in ["Method"] * (title == "Patches") + (languages if title == "clg" else [title]):
+            shown.add_column(head, justify="left" if head == "Method" else "right", overflow="fold")
+    seen: set[str] = set()
+    for row in result["methods"]:
+        shown.add_row(" ".join(filter(None, (row["name"], row.get("preset")))), *_plain(row, languages))
+        if row.get("paper") and row["name"] not in seen:
+            shown.add_row("  published", *_plain(row["paper"], languages), style="dim")
+        seen.add(row["name"])
+    return shown
+
+
+def _plain(row: Mapping[str, Any], languages: Sequence[str]) -> list[str]:
+    found: list[float | None] = []
+    for title, field in COLUMNS:
+        found += [row["clg"].get(language) for language in languages] if title == "clg" else [row.get(field)]
+    return ["" if value is None else f"{value:g}" if float(value).is_integer() else f"{value:.1f}" for value in found]
+
+
+def page(result: Mapping[str, Any], activation: Mapping[str, Any] | None = None) -> str:
+    """The HTML text."""
+    header = result.get("header", {})
+    sections = [
+        _section("Every language, every method", clg_chart(result) + unseen_chart(result), wide=True),
+        _section("Beside the paper", _table(result["methods"]) + _rules(result)),
+    ]
+    if result.get("examples"):
+        sections.append(_section("Before and after", _examples(result["examples"])))
+    if activation:
+        sections.append(_section("Why the default gate is ReLU", activation_study.chart(dict(activation)), wide=True))
+    if result.get("latency"):
+        sections.append(_section("Latency", _latency(result["latency"])))
+    if result.get("goals"):
+        sections.append(_section("Goals", _goals(result["goals"])))
+    sections.append(_section("How this was measured", _header(header, result)))
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    return template.replace("<!--sections-->", "\n".join(sections)).replace("<!--lead-->", _lead(result))
+
+
+def _lead(result: Mapping[str, Any]) -> str:
+    rows = {row.get("method"): row for row in best_rows(result["methods"])}
+    mpn, original = rows.get("mpn"), rows.get("original")
+    if mpn is None or original is None or mpn.get("clg_needed_avg") is None:
+        return "Edits of the bundled claim verifier, measured in every language."
+    facts = [
+        (f"{mpn['edits']:g}", "claims the verifier got wrong, each edited once"),
+        (f"{mpn['clg_needed_avg']:.1f} %", f"of them right afterwards, mean of {len(mpn['clg_needed'])} languages"),
+    ]
+    if mpn.get("clg_unseen_avg") is not None:
+        facts.append((f"{mpn['clg_unseen_avg']:.1f} %", "right in wordings never trained on"))
+    if mpn.get("unchanged_avg") is not None:
+        facts.append((f"{mpn['unchanged_avg']:.1f} %", "of answers about other subjects unchanged"))
+    return "".join(f"<div><b>{escape(number)}</b><span>{escape(text)}</span></div>" for number, text in facts)
+
+
+def _section(title: str, body: str, wide: bool = False) -> str:
+    return f"<section{' class=wide' if wide else ''}><h2>{escape(title)}</h2>{body}</section>"
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    languages = _languages(rows, "clg")
+    heads = [h for title, _ in COLUMNS for h in (languages if title == "clg" else [title])]
+    body = []
+    for row in rows:
+        preset = f" <small>{escape(row['preset'])}</small>" if row.get("preset") else ""
+        body.append(f"<tr><th scope=row>{escape(row['name'])}{preset}</th>{''.join(_cells(row, languages))}</tr>")
+        if row.get("paper"):
+            note = f' title="{escape(row["paper"]["note"], quote=True)}"' if row["paper"].get("note") else ""
+            mark = "*" if note else ""
+            body.append(
+                f"<tr class=paper><th scope=row{note}>published{mark}</th>{''.join(_cells(row['paper'], languages))}</tr>"
+            )
+    notes = dict.fromkeys(row["paper"]["note"] for row in rows if row.get("paper") and row["paper"].get("note"))
+    foot = f"<p class=note>* {escape('; '.join(notes))}.</p>" if notes else ""
+    head = "".join(f"<th scope=col>{escape(title)}</th>" for title in ("Method", *heads))
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{foot}"
+
+
+def _cells(row: Mapping[str, Any], languages: Sequence[str]) -> list[str]:
+    made = []
+    for title, field in COLUMNS:
+        if title == "clg":
+            made += [_cell(row.get("clg", {}).get(language), _interval(row, "clg", language)) for language in languages]
+        elif field in ("patches", "edits"):
+            value = row.get(field)
+            made.append(f"<td>{'' if value is None else f'{value:g}'}</td>")
+        else:
+            made.append(_cell(row.get(field), _interval(row, field)))
+    return made
+
+
+def _cell(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None:
+        return "<td></td>"
+    title = f' title="95 % interval {interval[0]:.1f} to {interval[1]:.1f}"' if interval else ""
+    return f"<td{title}>{value:.1f}</td>"
+
+
+def _rules(result: Mapping[str, Any]) -> str:
+    rules = result.get("protocol", {}).get("rules", [])
+    return (
+        f"<details><summary>What each column means</summary><ul>{''.join(f'<li>{escape(rule)}</li>' for rule in rules)}</ul></details>"
+        if rules
+        else ""
+    )
+
+
+def _examples(examples: Sequence[Mapping[str, Any]]) -> str:
+    made = []
+    for example in examples:
+        lines = []
+        for language, found in example["languages"].items():
+            marks = [
+                f'<span class="{"right" if found[when] == example["target"] else "wrong"}">{escape(found[when])}</span>'
+                for when in ("before", "after")
+            ]
+            lines.append(
+                f'<tr><th scope=row>{escape(language)}</th><td class=text lang="{escape(language)}" dir=auto>{escape(found["text"])}</td>'
+                f"<td>{marks[0]}</td><td>{marks[1]}</td></tr>"
+            )
+        made.append(
+            f"<div class=scroll><table class=claims><caption>right answer: {escape(str(example['target']))}</caption><thead><tr><th></th>"
+            f"<th scope=col>Claim</th><th scope=col>Before</th><th scope=col>After</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        )
+    return "".join(made)
+
+
+def _latency(latency: Mapping[str, Mapping[str, float]]) -> str:
+    rows = "".join(
+        f"<tr><th scope=row>{escape(name)}</th><td>{found['p50_ms']:.2f}</td><td>{found['iqr_ms']:.2f}</td></tr>"
+        for name, found in latency.items()
+        if isinstance(found, Mapping) and "p50_ms" in found
+    )
+    return (
+        "<div class=scroll><table><thead><tr><th></th><th scope=col>Median (ms)</th><th scope=col>Quartile distance (ms)</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _goals(goals: Sequence[Mapping[str, Any]]) -> str:
+    rows = "".join(
+        f"<tr><th scope=row>{escape(goal['what'])}</th><td>{goal['at_least']:.1f}</td><td>{goal['found']:.1f}</td>"
+        f'<td><span class="{"right" if goal["met"] else "wrong"}">{"met" if goal["met"] else "not met"}</span></td></tr>'
+        for goal in goals
+    )
+    return (
+        "<div class=scroll><table><thead><tr><th></th><th scope=col>At least</th><th scope=col>Found</th><th scope=col></th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _header(header: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    found = header.get("machine", {})
+    facts = {
+        "Machine": ", ".join(str(x) for x in (found.get("cpu"), f"{found.get('cores')} cores", found.get("gpu")) if x)
+        if found
+        else None,
+        "Versions": ", ".join(f"{name} {version}" for name, version in header.get("versions", {}).items()),
+        "Seeds": ", ".join(str(seed) for seed in header.get("seeds", [])),
+        "Edit set": f"{result['protocol']['edit_set']} claims about different subjects"
+        if result.get("protocol")
+        else None,
+        "Command": header.get("command"),
+        "Date": header.get("date"),
+    }
+    return f"<dl>{''.join(f'<dt>{k}</dt><dd>{escape(str(v))}</dd>' for k, v in facts.items() if v)}</dl>"
+
+
+def _languages(rows: Sequence[Mapping[str, Any]], field: str) -> list[str]:
+    return list(dict.fromkeys(language for row in rows for language in row.get(field) or {}))
+
+
+def _interval(row: Mapping[str, Any], field: str, language: str | None = None) -> Sequence[float] | None:
+    found = row.get("intervals", {}).get(field)
+    return found.get(language) if isinstance(found, Mapping) and language else found
+
+
+def _paper(row: Mapping[str, Any], field: str, language: str | None = None) -> float | None:
+    found = (row.get("paper") or {}).get(field)
+    return found.get(language) if isinstance(found, Mapping) and language else found
+
+
+def main() -> None:
+    """The command line of `python -m xpatch.benchmarks.report`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("result", type=Path, help="JSON of the cross-lingual benchmark")
+    parser.add_argument("--activation", type=Path, help="JSON of the activation study")
+    parser.add_argument("--out", type=Path, required=True, help="the HTML page; the charts are written beside it")
+    found = parser.parse_args()
+    result = json.loads(found.result.read_text(encoding="utf-8"))
+    study = json.loads(found.activation.read_text(encoding="utf-8")) if found.activation else None
+    write(result, found.out, study)
+    write_charts(result, found.out.parent)
+
+
+if __name__ == "__main__":
+    main()

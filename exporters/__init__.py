@@ -1,0 +1,26 @@
+"""Exporters: a base model as one ONNX graph with optional patch inputs, patch sets as adapters, and a session for both.
+
+    export_base(model, "onnx/", tokenizer=tokenizer)
+    export_adapter(patches, "onnx/", "fixes.onnx_adapter")
+    session = PatchedSession("onnx/", {"fixes": "fixes.onnx_adapter"})
+    session.run(tokenizer(["..."], return_tensors="np"), patches=["fixes"])["logits"]
+
+Needs `pip install "xpatch[onnx]"`; importing this package does not.
+"""
+
+from xpatch.exporters.adapter import export_adapter, read_adapter
+from xpatch.exporters.base import export_base
+from xpatch.exporters.session import PatchedSession
+from xpatch.exporters.slots import OnnxBase, read_base
+from xpatch.exporters.verify import Parity, verify
+
+__all__ = [
+    "OnnxBase",
+    "Parity",
+    "PatchedSession",
+    "export_adapter",
+    "export_base",
+    "read_adapter",
+    "read_base",
+    "verify",
+]

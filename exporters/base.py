@@ -1,0 +1,183 @@
+"""`export_base`: a model as one ONNX graph whose patches are optional inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from xpatch._version import __version__
+from xpatch.errors import BackendError, ConflictError, MismatchError, XpatchError
+from xpatch.exporters._backend import require
+from xpatch.exporters.graph import insert_slots
+from xpatch.exporters.slots import CONFIG_FILE, METADATA_KEY, MODEL_FILE, OnnxBase, Slot, prefixes
+from xpatch.exporters.trace import evaluating, input_names, max_tokens, sample, trace
+from xpatch.models.anatomy import ffn_site, final_ffn, linear
+from xpatch.ops.reference import canonical_activation
+from xpatch.patches.identity import identify
+
+#: Largest difference between the exported graph and the model that `export_base` accepts, relative to the largest logit.
+TOLERANCE = 1e-4
+
+
+def export_base(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    activation: str = "relu",
+    sites: Sequence[str] | None = None,
+    linears: Sequence[str] | None = None,
+    languages: Sequence[str] | None = None,
+    opset: int = 18,
+) -> Path:
+    """Write `model.onnx`, `xpatch_onnx.json` and the tokenizer's files to `folder`, and return it.
+
+    model: a Hugging Face text model with logits, in fp32, without patches: BERT, XLM-R and GPT-2 sequence classifiers are
+    tested. It is left as it was. sites: FFNs that get a neuron slot (default: the final one). linears: linear layers that get a
+    low-rank slot (default: the down projection of those FFNs). activation: of the neurons; fixed in the graph, so a set with
+    another needs another base. languages: fixes the order of the language masks' rows; None lets each adapter bring its own;
+    an empty sequence leaves the mask inputs out, which is a little faster.
+
+    Everything is written to a temporary folder, compared with the model on three shapes, and moved into place; an earlier
+    export in `folder` is replaced as a whole. Raises `MismatchError` (a model or site that does not fit), `ConflictError` (patches
+    are applied), `BackendError` (a package is missing or the exporter failed), `XpatchError` (a folder with something else in it).
+    """
+    onnx = require("onnx")
+    require("onnxruntime")
+    model = getattr(model, "_orig_mod", model)
+    _check_bare(model)
+    activation = canonical_activation(activation)
+    slots = _slots(model, activation, sites, linears, masked=languages is None or len(languages) > 0)
+    config: Any = getattr(model, "config", None)
+    labels = getattr(config, "id2label", None) or {}
+    base = OnnxBase(
+        xpatch=__version__,
+        architecture=type(model).__name__,
+        inputs=input_names(model),
+        outputs=("logits",),
+        activation=activation,
+        slots=slots,
+        languages=tuple(languages) if languages is not None else None,
+        identity=identify(model, tokenizer),
+        labels=tuple(str(labels[key]) for key in sorted(labels)),
+        max_tokens=max_tokens(model),
+        pad_token=int(getattr(config, "pad_token_id", None) or 0),
+        opset=opset,
+    )
+    with _written_together(Path(folder)) as temporary:
+        proto, x_of, marks = trace(model, slots, temporary, opset)
+        insert_slots(proto, slots, x_of, marks)
+        onnx.helper.set_model_props(proto, {METADATA_KEY: base.digest})
+        proto.producer_name, proto.producer_version = "xpatch", __version__
+        onnx.save(proto, str(temporary / MODEL_FILE))
+        onnx.checker.check_model(str(temporary / MODEL_FILE))
+        (temporary / CONFIG_FILE).write_text(base.to_json(), encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary))
+        _check_parity(model, temporary / MODEL_FILE, base)
+    return Path(folder)
+
+
+def _slots(
+    model: nn.Module, activation: str, sites: Sequence[str] | None, linears: Sequence[str] | None, masked: bool
+) -> tuple[Slot, ...]:
+    ffns = [final_ffn(model)] if sites is None else [ffn_site(model, name) for name in dict.fromkeys(sites)]
+    names = [ffn.down for ffn in ffns] if linears is None else list(dict.fromkeys(linears))
+    if not ffns and not names:
+        raise MismatchError(
+            "expected at least one site or linear layer to put patches at, found none; name one, or leave both out"
+        )
+    unique = prefixes([*(ffn.name for ffn in ffns), *names])
+    slots = [
+        Slot(
+            kind="neurons", site=ffn.name, prefix=prefix, reads=ffn.up, adds=ffn.down,
+            width_in=ffn.width, width_out=ffn.width, activation=activation, masked=masked,
+        )
+        for ffn, prefix in zip(ffns, unique, strict=False)
+    ]  # fmt: skip
+    for name, prefix in zip(names, unique[len(ffns) :], strict=True):
+        _, width_in, width_out = linear(model, name)
+        slots.append(
+            Slot(
+                kind="lowrank",
+                site=name,
+                prefix=prefix,
+                reads=name,
+                adds=name,
+                width_in=width_in,
+                width_out=width_out,
+                masked=masked,
+            )
+        )
+    return tuple(slots)
+
+
+def _check_bare(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if type(hook).__module__.startswith("xpatch.") or getattr(hook, "__module__", "").startswith(
+                "xpatch.runtime"
+            ):
+                raise ConflictError(
+                    f"{type(model).__name__} has patches applied (at {name or 'the model itself'!r}), which would be frozen into the graph; "
+                    "call xpatch.remove(model) first and export the patches with `xpatch export adapter`"
+                )
+
+
+def _check_parity(model: nn.Module, path: Path, base: OnnxBase) -> None:
+    """With nothing fed, the graph is the model, also for shapes other than the traced one."""
+    ort = require("onnxruntime")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    longest = min(base.max_tokens or 16, 16)
+    for batch, tokens in ((1, 2), (3, 5), (2, longest)):
+        inputs = sample(model, batch, tokens, padded=1 if batch > 1 else 0)
+        with evaluating(model), torch.no_grad():
+            expected = model(**inputs)["logits"].float().numpy()
+        found = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})[0]
+        difference = float(np.abs(found - expected).max())
+        if found.shape != expected.shape or not difference <= TOLERANCE * (1 + float(np.abs(expected).max())):
+            raise BackendError(
+                f"the exported graph does not compute what {type(model).__name__} does: for {batch} texts of {tokens} tokens the logits differ "
+                f"by {difference:.3g}; try another version of torch, transformers or onnxscript"
+            )
+
+
+@contextlib.contextmanager
+def _written_together(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place at the end, or is removed on any failure."""
+    if folder.exists() and not folder.is_dir():
+        raise XpatchError(f"{folder} is a file; name a folder for the exported base")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+        raise XpatchError(
+            f"{folder} holds files that are not an exported base (no {CONFIG_FILE}); name a new or empty folder"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise XpatchError(f"{folder} cannot be written: {error}; name a folder you may write to") from None
+    old = temporary.with_name(f"{temporary.name}.old")
+    try:
+        new = temporary / "new"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.replace(old)
+        new.replace(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

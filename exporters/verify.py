@@ -1,0 +1,184 @@
+"""`verify`: does an exported base, with and without patches, answer as the PyTorch model does, in every language?"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from xpatch.errors import FormatError, MismatchError
+from xpatch.exporters.adapter import read_adapter
+from xpatch.exporters.feed import Array
+from xpatch.exporters.session import PatchedSession
+from xpatch.exporters.trace import evaluating
+from xpatch.models.anatomy import ffn_site
+from xpatch.models.surgery import Surgery
+from xpatch.ops import reference
+from xpatch.patches import identity
+from xpatch.patches.store import load
+from xpatch.patches.types import LanguageMask, LowRankDelta, Part, PatchNeurons, PatchSet
+
+TOLERANCE = 1e-4
+Text = str | tuple[str, str]
+
+
+@dataclass(frozen=True)
+class LanguageParity:
+    """PyTorch against ONNX Runtime on one language's texts. differences: largest over all logits. changed: predictions (argmax)
+    that differ. moved: predictions that the patches change, in PyTorch; 0 means that the patched comparison shows little."""
+
+    language: str
+    texts: int
+    base_max_diff: float
+    patched_max_diff: float
+    base_changed: int
+    patched_changed: int
+    moved: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The result of `verify`: one `LanguageParity` per language."""
+
+    languages: tuple[LanguageParity, ...]
+    tolerance: float = TOLERANCE
+
+    @property
+    def max_diff(self) -> float:
+        """The largest difference of any logit, patched or not."""
+        return max(max(one.base_max_diff, one.patched_max_diff) for one in self.languages)
+
+    @property
+    def changed(self) -> int:
+        """How many predictions differ between PyTorch and ONNX Runtime, patched or not."""
+        return sum(one.base_changed + one.patched_changed for one in self.languages)
+
+    @property
+    def ok(self) -> bool:
+        """True when every difference is below the tolerance and no prediction differs."""
+        return self.max_diff < self.tolerance and self.changed == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "ok": self.ok,
+            "max_diff": self.max_diff,
+            "changed": self.changed,
+            "tolerance": self.tolerance,
+            "languages": {
+                one.language: {k: v for k, v in asdict(one).items() if k != "language"} for one in self.languages
+            },
+        }
+
+
+def verify(
+    model: nn.Module,
+    tokenizer: Any,
+    base_folder: str | Path,
+    patches: PatchSet | str | Path,
+    texts: Mapping[str, Sequence[Text]],
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    tolerance: float = TOLERANCE,
+    providers: Sequence[str] | None = None,
+    allow: Iterable[str] = (),
+) -> Parity:
+    """Compare PyTorch and ONNX Runtime on texts (or pairs of texts) of each language, with the patches and without.
+
+    model: the unpatched model that was exported, in fp32; left as it was. The PyTorch side computes the patches with the reference
+    maths of `xpatch.ops.reference`, independently of the graph. patches: a set, a patch folder or an `.onnx_adapter`.
+    allow: identity checks to leave out, as in `xpatch.apply`. A difference is reported, not raised.
+    Raises `MismatchError` or `FormatError` where the three do not belong together or no texts are given.
+    """
+    if not texts or not all(texts.values()):
+        raise MismatchError("verify expects a mapping from each language to its texts; found no texts")
+    if not isinstance(patches, PatchSet):
+        source = Path(patches)
+        patches = load(source) if source.is_dir() else read_adapter(source)
+    allow = (allow,) if isinstance(allow, str) else tuple(allow)
+    session = PatchedSession(base_folder, {"patches": patches}, providers=providers, allow=allow)
+    difference = identity.first_difference(session.base.identity, identity.identify(model, tokenizer), allow=allow)
+    if difference is not None:
+        raise MismatchError(f"the base in {base_folder} was not exported from this model: {difference}")
+    device = next(model.parameters()).device
+    limit = min(length for length in (max_length, session.base.max_tokens, 512) if length is not None)
+    found = []
+    for language, own in texts.items():
+        logits: dict[str, list[Array]] = {"torch": [], "torch patched": [], "ort": [], "ort patched": []}
+        for start in range(0, len(own), batch_size):
+            encoded = _encode(tokenizer, own[start : start + batch_size], limit, session.base.inputs)
+            inputs = {name: value.to(device) for name, value in encoded.items()}
+            arrays = {name: value.numpy() for name, value in encoded.items()}
+            logits["torch"].append(_logits(model, inputs))
+            with _patched(model, patches, language):
+                logits["torch patched"].append(_logits(model, inputs))
+            logits["ort"].append(session.run(arrays, patches=[])["logits"])
+            logits["ort patched"].append(session.run(arrays, languages=language)["logits"])
+        found.append(_compare(language, {name: np.concatenate(parts) for name, parts in logits.items()}))
+    return Parity(tuple(found), tolerance)
+
+
+def _encode(tokenizer: Any, texts: Sequence[Text], limit: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    pairs = [text for text in texts if not isinstance(text, str)]
+    if pairs and len(pairs) < len(texts):
+        raise FormatError("the texts of one language must be all single texts or all pairs")
+    columns = [list(column) for column in zip(*pairs, strict=True)] if pairs else [list(texts)]
+    encoded = tokenizer(*columns, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    return {name: encoded[name] for name in names if name in encoded}
+
+
+def _logits(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Array:
+    with evaluating(model), torch.no_grad():
+        logits: Array = model(**inputs)["logits"].float().cpu().numpy()
+    return logits
+
+
+@contextlib.contextmanager
+def _patched(model: nn.Module, patches: PatchSet, language: str) -> Iterator[None]:
+    """`model` with the side path of every part, all rows being of one language."""
+    seen: dict[str, torch.Tensor] = {}
+    with Surgery() as surgery:
+        for name, part in patches.parts.items():
+            site = ffn_site(model, part.site) if isinstance(part, PatchNeurons) else None
+            reads, adds = (site.up, site.down) if site else (part.site, part.site)
+            mask = patches.masks[part.mask] if part.mask else None
+            surgery.before(model.get_submodule(reads), lambda module, args, name=name: seen.__setitem__(name, args[0]))
+            surgery.after(
+                model.get_submodule(adds),
+                lambda module, args, y, name=name, part=part, mask=mask: y + _delta(part, mask, seen[name], language),
+            )
+        yield
+
+
+def _delta(part: Part, mask: LanguageMask | None, x: torch.Tensor, language: str) -> torch.Tensor:
+    tensors = {name: tensor.to(x.device) for name, tensor in part.tensors.items()}
+    row = mask.languages.index(language) if mask is not None and language in mask.languages else None
+    if mask is not None and row is not None:
+        x = x * mask.inner[row].to(x.device)
+    if isinstance(part, PatchNeurons):
+        delta = reference.patch_ffn(x, tensors["keys"], tensors["bias"], tensors["values"], part.activation)
+    elif isinstance(part, LowRankDelta):
+        delta = reference.lowrank(x, tensors["down"], tensors["up"])
+    else:  # an exported base has no slot for it, and the session has refused the set already
+        raise MismatchError(f"a dense delta at {part.site!r} cannot be served from an exported base")
+    return delta if mask is None or row is None else delta * mask.outer[row].to(x.device)
+
+
+def _compare(language: str, logits: Mapping[str, Array]) -> LanguageParity:
+    best = {name: values.argmax(-1) for name, values in logits.items()}
+    return LanguageParity(
+        language=language,
+        texts=len(logits["torch"]),
+        base_max_diff=float(np.abs(logits["torch"] - logits["ort"]).max()),
+        patched_max_diff=float(np.abs(logits["torch patched"] - logits["ort patched"]).max()),
+        base_changed=int((best["torch"] != best["ort"]).sum()),
+        patched_changed=int((best["torch patched"] != best["ort patched"]).sum()),
+        moved=int((best["torch"] != best["torch patched"]).sum()),
+    )

@@ -1,0 +1,137 @@
+"""The commands on tiny models: what they print and write, for people and for machines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMANDS = [
+    ("demo",),
+    ("edit",),
+    ("inspect",),
+    ("evaluate",),
+    ("export", "base"),
+    ("export", "adapter"),
+    ("bench", "crosslingual"),
+    ("doctor",),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_has_an_example(run: Callable[..., Any], command: tuple[str, ...]) -> None:
+    result = run(*command, "--help")
+    assert result.code == 0
+    assert f"Example: xpatch {' '.join(command)}" in result.out
+
+
+def test_help_and_version(run: Callable[..., Any]) -> None:
+    import xpatch
+
+    assert "edit" in run("--help").out
+    assert run("--version").out.strip() == xpatch.__version__
+
+
+def test_edit_any_classifier(
+    run: Callable[..., Any], any_model_folder: Path, requests_file: Path, memory_file: Path, tmp_path: Path
+) -> None:
+    """A saved BERT and a saved XLM-R: the edits take, in every language asked for, and the folder loads."""
+    before = {path.name: path.read_bytes() for path in any_model_folder.iterdir()}
+    out = tmp_path / "fixes"
+    words = ("--model", any_model_folder, "--requests", requests_file, "--memory", memory_file, "--out", out, "--json")
+    result = run("edit", *words)
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert [edit["id"] for edit in found["edits"]] == ["1", "2"]
+    assert {edit["status"] for edit in found["edits"]} <= {"edited", "already-right"}
+    assert found["bytes"] == sum(path.stat().st_size for path in out.iterdir())
+    assert sorted(path.name for path in out.iterdir()) == ["patch_config.json", "patch_model.safetensors"]
+    assert {path.name: path.read_bytes() for path in any_model_folder.iterdir()} == before
+
+    words = ("--model", any_model_folder, "--cases", requests_file, "--patches", out, "--json")
+    result = run("evaluate", *words)
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["metrics"]["reliability"]["value"] == 1.0
+
+
+@pytest.fixture
+def patch_folder(run: Callable[..., Any], model_folder: Path, requests_file: Path, memory_file: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "fixes"
+    words = ("--model", model_folder, "--requests", requests_file, "--memory", memory_file, "--out", out)
+    result = run("edit", *words)
+    assert result.code == 0, result.err
+    assert result.err == "", "quiet when nobody watches"
+    assert str(out) in result.out
+    return out
+
+
+def test_edit_is_repeatable(
+    run: Callable[..., Any], model_folder: Path, requests_file: Path, memory_file: Path, patch_folder: Path, tmp_path: Path
+) -> None:
+    """The same seed writes the same tensors; --overwrite replaces a set."""
+    tensors = (patch_folder / "patch_model.safetensors").read_bytes()
+    words = ("edit", "--model", model_folder, "--requests", requests_file, "--memory", memory_file, "--out", patch_folder)
+    assert run(*words, "--overwrite").code == 0
+    assert (patch_folder / "patch_model.safetensors").read_bytes() == tensors
+
+
+def test_edit_languages(run: Callable[..., Any], model_folder: Path, requests_file: Path, memory_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fixes"
+    words = ("--model", model_folder, "--requests", requests_file, "--memory", memory_file, "--out", out, "--languages", "en,de")
+    assert run("edit", *words).code == 0
+    assert "2 edits" in run("inspect", out).out
+
+
+def test_inspect(run: Callable[..., Any], model_folder: Path, patch_folder: Path) -> None:
+    result = run("inspect", patch_folder, "--model", model_folder)
+    assert result.code == 0, result.err
+    for word in ("2 edits", "bert.encoder.layer.1", "keys", "BertForSequenceClassification", "REFUTES", "fits this model"):
+        assert word in result.out
+    found = json.loads(run("inspect", patch_folder, "--model", model_folder, "--json").out)
+    assert found["fits"] is True
+    assert [edit["id"] for edit in found["patches"]["edits"]] == ["1", "2"]
+    assert found["patches"]["base"]
+    sites = found["model"]["sites"]
+    assert [(site["layer"], site["width"], site["inner"]) for site in sites] == [(0, 32, 64), (1, 32, 64)]
+
+
+def test_inspect_model_alone(run: Callable[..., Any], any_model_folder: Path) -> None:
+    result = run("inspect", "--model", any_model_folder)
+    assert result.code == 0, result.err
+    assert "encoder.layer.1" in result.out
+
+
+def test_evaluate_table_and_report(
+    run: Callable[..., Any], model_folder: Path, patch_folder: Path, requests_file: Path, memory_file: Path, tmp_path: Path
+) -> None:
+    words = ("--model", model_folder, "--cases", requests_file, "--patches", patch_folder, "--locality", memory_file)
+    result = run("evaluate", *words, "--out", tmp_path / "report.json")
+    assert result.code == 0, result.err
+    assert "needed" in result.out
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["predictions"]["edit"]["en"]["id"] == ["1", "2"]
+
+
+@pytest.mark.slow
+def test_export(run: Callable[..., Any], model_folder: Path, patch_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    base, adapter = tmp_path / "model.onnx", tmp_path / "fixes.onnx_adapter"
+    result = run("export", "base", "--model", model_folder, "--out", base)
+    assert result.code == 0, result.err
+    result = run("export", "adapter", patch_folder, "--model", model_folder, "--base", base, "--out", adapter)
+    assert result.code == 0, result.err
+    assert base.stat().st_size > 0
+    assert adapter.stat().st_size > 0
+
+
+def test_module_and_script_agree(tmp_path: Path) -> None:
+    """`python -m xpatch` is the console script; a bad call leaves exit code 2 in a real process."""
+    call = [sys.executable, "-m", "xpatch", "inspect", str(tmp_path / "nothing")]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("xpatch: ")

@@ -1,0 +1,44 @@
+# Types of the compiled module (csrc/bindings/module.cpp). Pointers and streams are plain integers.
+from typing import Any
+
+__version__: str
+
+class NativeError(ValueError): ...
+
+def info() -> dict[str, Any]: ...
+def patch_ffn_cpu(
+    x: int,
+    keys: int,
+    bias: int,
+    values: int,
+    out: int,
+    M: int,
+    D: int,
+    N: int,
+    V: int,
+    x_stride: int,
+    keys_stride: int,
+    values_stride: int,
+    dtype: int,
+    activation: int,
+    threads: int,
+    /,
+) -> None: ...
+def patch_ffn_cuda(
+    x: int,
+    keys: int,
+    bias: int,
+    values: int,
+    out: int,
+    M: int,
+    D: int,
+    N: int,
+    V: int,
+    x_stride: int,
+    keys_stride: int,
+    values_stride: int,
+    dtype: int,
+    activation: int,
+    stream: int,
+    /,
+) -> None: ...

@@ -1,0 +1,5 @@
+"""Editors: functions `(model, tokenizer, requests) -> PatchSet` that leave the model bit-identical."""
+
+from xpatch.editors.base import MethodInfo, edit, methods
+
+__all__ = ["MethodInfo", "edit", "methods"]

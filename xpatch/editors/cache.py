@@ -1,0 +1,108 @@
+"""Features of the edited layer, read once per distinct text: what every later training step works on instead of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from xpatch.editors.progress import Report
+from xpatch.models.features import capture
+from xpatch.patches.requests import Probe
+
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert"}  # positions start after the padding index
+
+
+def length_limit(model: Any, tokenizer: Any) -> int | None:
+    """The longest input in tokens that both the tokenizer and the position embeddings allow; None where neither says."""
+    limits = []
+    if 0 < getattr(tokenizer, "model_max_length", 0) < 1_000_000:
+        limits.append(int(tokenizer.model_max_length))
+    config = model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        if config.model_type in _OFFSET_POSITIONS:
+            positions -= (config.pad_token_id or 0) + 1
+        limits.append(positions)
+    return min(limits) if limits else None
+
+
+class FeatureCache:
+    """Distinct texts -> rows of `x`, `residual`, `base` `[M, D]` and `logits` `[M, C]` at the row the head reads.
+
+    `want` notes texts and returns their row numbers; `fill` reads those not read yet, in batches sorted by length.
+    Texts longer than the model allows are cut there; `cut` holds their row numbers.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, site: Any, batch_size: int = 64) -> None:
+        self._model, self._tokenizer, self._site = model, tokenizer, site
+        self._limit = length_limit(model, tokenizer)
+        padded = tokenizer.pad_token_id is not None and getattr(model.config, "pad_token_id", None) is not None
+        self._batch_size = batch_size if padded else 1
+        self._rows: dict[tuple[str, str | None], int] = {}
+        self._read = 0
+        self._filled: list[torch.Tensor] = []
+        self.cut: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def want(self, probes: Iterable[Probe]) -> list[int]:
+        """Row numbers of `probes`; equal texts share one."""
+        return [self._rows.setdefault((probe.text, probe.text_pair), len(self._rows)) for probe in probes]
+
+    def fill(self, report: Report) -> None:
+        """Read every text wanted since the last call."""
+        texts = list(self._rows)[self._read :]
+        if not texts:
+            return
+        encoded = [self._encode(text, pair) for text, pair in texts]
+        order = sorted(range(len(texts)), key=lambda index: len(encoded[index]["input_ids"]))
+        found: list[list[torch.Tensor]] = []
+        for start in range(0, len(order), self._batch_size):
+            chunk = [encoded[index] for index in order[start : start + self._batch_size]]
+            batch = self._tokenizer.pad(chunk, return_tensors="pt") if self._batch_size > 1 else _single(chunk[0])
+            features = capture(self._model, {name: value.to(self._device) for name, value in batch.items()}, self._site)
+            found.append([features.x, features.residual, features.base, features.logits])
+            report("reading", min(start + self._batch_size, len(order)), len(order))
+        back = torch.empty(len(order), dtype=torch.long)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        fresh = [torch.cat(column).detach()[back.to(self._device)] for column in zip(*found, strict=True)]
+        self._filled = [torch.cat(pair) for pair in zip(self._filled, fresh, strict=True)] if self._filled else fresh
+        self._read = len(self._rows)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    def _encode(self, text: str, pair: str | None) -> dict[str, list[int]]:
+        options = {"truncation": True, "max_length": self._limit} if self._limit else {}
+        encoded = self._tokenizer(text, pair, **options)
+        if self._limit and len(encoded["input_ids"]) == self._limit:
+            self.cut.add(self._rows[text, pair])
+        return {name: encoded[name] for name in encoded if name in self._tokenizer.model_input_names}
+
+    @property
+    def x(self) -> torch.Tensor:
+        """Inputs of the FFN `[M, D]`."""
+        return self._filled[0]
+
+    @property
+    def residual(self) -> torch.Tensor:
+        """What the FFN's output is added to `[M, D]`."""
+        return self._filled[1]
+
+    @property
+    def base(self) -> torch.Tensor:
+        """The FFN's own output, with patches the model already carries `[M, D]`."""
+        return self._filled[2]
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """The model's answer `[M, C]`."""
+        return self._filled[3]
+
+
+def _single(encoded: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([values]) for name, values in encoded.items()}

@@ -1,0 +1,1 @@
+"""Fine-tuning of the final FFN, the baseline of the MPN paper."""

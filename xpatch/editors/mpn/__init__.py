@@ -1,0 +1,1 @@
+"""MPN: Transformer-Patcher with parallel languages."""

@@ -1,0 +1,1 @@
+"""Transformer-Patcher: one neuron per mistake in the final FFN."""

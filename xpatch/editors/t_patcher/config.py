@@ -1,0 +1,86 @@
+"""Settings of patch-neuron training, and Transformer-Patcher's presets."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from xpatch.editors.presets import Config
+
+
+class NeuronConfig(Config):
+    """How patch neurons are trained. The defaults are Transformer-Patcher's own values (FEVER, BERT)."""
+
+    activation: Literal["ffn", "relu", "gelu", "gelu_tanh", "silu"] = "ffn"
+    """The neuron's gate; "ffn" is the FFN's own activation."""
+    neurons: int = Field(default=1, ge=1)
+    """Neurons per edit at the first try."""
+    max_neurons: int = Field(default=1, ge=1)
+    """Neurons per edit in later rounds, where an edit is still wrong."""
+    rephrases: bool = False
+    """Train on the request's rephrases as well; whether an edit is needed or right is decided without them."""
+    copies: int = Field(default=8, ge=1)
+    """An edit's batch holds at least this many rows: its texts, repeated in turn."""
+    amplify: float = Field(default=10.0, gt=0)
+    """Initial value of `a` in v = u ⊙ a."""
+
+    memory_languages: Literal["own", "all"] = "own"
+    """Memory texts of the requests' own languages only, or of all languages."""
+    memory_rows: int = Field(default=40_000, ge=0)
+    """Size of the memory, drawn once from the texts given."""
+    memory_per_step: int = Field(default=0, ge=0)
+    """Memory rows drawn anew for each step; 0: all of them in every step."""
+    memory_validation: float = Field(default=0.2, ge=0, lt=1)
+    """Share of the memory kept apart for the stopping rule."""
+
+    confidence_penalty: float = 0.1
+    activation_weight: float = 1.0
+    activation_top: int = Field(default=5, ge=1)
+    memory_weight: float = 5.0
+    memory_top: int = Field(default=1000, ge=1)
+    memory_margin: float = 3.0
+
+    learning_rate: float = Field(default=1e-2, gt=0)
+    learning_rate_end: float = Field(default=1.0, gt=0)
+    """The learning rate falls linearly to this share of itself at the last step."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Coupled L2, as in Adam (not AdamW)."""
+    clip: float = Field(default=5.0, gt=0)
+    """Largest gradient norm of one edit."""
+    steps: int = Field(default=2000, ge=1)
+    early_stop: bool = True
+    """The reference's rule: from step 125 on, every 25 steps, stop a right edit whose memory loss is no longer falling; and
+    halve the learning rate of an edit whose task loss is no longer falling."""
+
+    chunk: int = Field(default=128, ge=1)
+    """Edits trained side by side against the same current patches. 1 is the papers' one-by-one procedure."""
+    rounds: int = Field(default=3, ge=0)
+    """How often edits that are not right in the presence of the others are trained again."""
+    keep_failed: bool = True
+    """Install the neurons of an edit that is still not right (the reference does); else it owns nothing."""
+
+
+# What the paper preset does otherwise than the reference, and why:
+# - no dropout in the 8 copies: rows are read once, in eval mode; the copies only weigh the losses;
+# - edits are trained in chunks and checked again in order instead of one by one (`chunk=1` gives one by one); while a chunk
+#   trains, the rows of its other edits are memory, as earlier edits' rows are in the reference;
+# - an earlier edit's rows stand in the memory once, not 8 times;
+# - the validation memory is a fifth of the memory texts, not another split.
+PAPER = NeuronConfig()
+
+# The default: a ReLU gate (a silent patch is exactly silent; hundreds of GELU patches leak into each other) and a fixed number of
+# steps with a falling learning rate on memory drawn anew for each step.
+DEFAULT = NeuronConfig(
+    activation="relu",
+    copies=1,
+    memory_per_step=6000,
+    memory_validation=0.0,
+    learning_rate_end=0.1,
+    steps=600,
+    early_stop=False,
+    max_neurons=2,
+    keep_failed=False,
+)
+
+PRESETS = {"paper": PAPER, "default": DEFAULT}

@@ -1,0 +1,283 @@
+"""Transformer-Patcher as a procedure over many edits: find those needed, train a chunk side by side, check again, repair.
+
+The papers edit one by one: edit i meets the patches of the edits before it. Here a chunk is trained against the patches there are,
+installed, and then every edit so far is checked in the presence of all others; those not right are trained again with the
+others' contribution in their base output.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from xpatch.editors.base import MethodInfo, register
+from xpatch.editors.t_patcher.config import PRESETS, NeuronConfig
+from xpatch.editors.t_patcher.neurons import Neurons
+from xpatch.editors.t_patcher.samplers import Sampler, own_language
+from xpatch.editors.t_patcher.train import Problem, train
+from xpatch.editors.task import Edit, Outcome, Product, Task, Wording
+from xpatch.errors import MismatchError
+from xpatch.patches.types import ACTIVATIONS, PatchNeurons
+
+PART = "neurons"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One edit's cached rows: `rows[i]` must become `labels[i]`; the first `required` of them decide."""
+
+    edit: Edit
+    chosen: tuple[Wording, ...]
+    rows: tuple[int, ...]
+    labels: tuple[int, ...]
+    required: int
+    negatives: tuple[int, ...]
+
+
+class PatchNeuronEditor:
+    """The editor of `t-patcher`, `mpn-only` and `mpn`: they differ in `sampler` and presets alone."""
+
+    def __init__(self, info: MethodInfo, presets: Mapping[str, NeuronConfig], sampler: Sampler) -> None:
+        self.info, self.presets, self._sampler = info, presets, sampler
+
+    def edit(self, task: Task, config: NeuronConfig) -> Product:
+        """Train on `task`; every tensor of the result is on the CPU."""
+        return _Run(task, config, self.info.name, self._sampler).product()
+
+
+class _Run:
+    """One edit call: the neurons so far, which edits have been accepted, and the current answers."""
+
+    def __init__(self, task: Task, config: NeuronConfig, method: str, sampler: Sampler) -> None:
+        self.task, self.config = task, config
+        self.activation = _activation(task, config)
+        self.plans = [self._plan(edit, sampler, method) for edit in task.edits]
+        memory = self._memory_rows()
+        task.cache.fill(task.report)
+        self.device = task.cache.x.device
+        split = round(len(memory) * config.memory_validation) if config.early_stop else 0
+        rows = torch.tensor(memory, dtype=torch.long, device=self.device)
+        self.held, self.memory = task.cache.x[rows[:split]], task.cache.x[rows[split:]]
+        self.neurons = Neurons.none(task.cache.x.shape[1], self.activation, self.device)
+        self.accepted: list[int] = []  # edits with neurons, in the order they were taken up
+        self.spared: list[int] = []  # edits that needed none
+        self.seconds = dict.fromkeys(range(len(self.plans)), 0.0)
+        self.once_right: set[int] = set()
+
+    def product(self) -> Product:
+        queue, decided = list(range(len(self.plans))), 0
+        while queue:
+            chunk: list[int] = []
+            while queue and len(chunk) < self.config.chunk:
+                candidates, queue = queue[: self.config.chunk - len(chunk)], queue[self.config.chunk - len(chunk) :]
+                right = self.right(candidates)
+                chunk += [edit for edit in candidates if not right[edit]]
+                self.spared += [edit for edit in candidates if right[edit]]
+            self.take(chunk, decided)
+            decided = len(self.spared) + len(self.accepted)
+            self.task.report("training", decided, len(self.plans))
+        for _ in range(self.config.rounds):  # requests that were right until a patch of another disturbed them
+            right = self.right(self.spared)
+            broken = [edit for edit in self.spared if not right[edit]]
+            if not broken:
+                break
+            self.spared = [edit for edit in self.spared if right[edit]]
+            self.take(broken, decided)
+        return self.finish()
+
+    def take(self, chunk: list[int], decided: int) -> None:
+        """Edit `chunk`: its edits are right afterwards beside all others, or have been tried often enough."""
+        self.accepted += chunk
+        for start in range(0, len(chunk), self.config.chunk):
+            self.learn(chunk[start : start + self.config.chunk], self.config.neurons, 0, decided)
+        if chunk:
+            self.repair(decided + len(chunk))
+
+    def repair(self, decided: int) -> None:
+        """Train again what is not right in the presence of the others; with one neuron more per round, up to `max_neurons`."""
+        for turn in range(1, self.config.rounds + 1):
+            right = self.right(self.accepted)
+            wrong = [edit for edit in self.accepted if not right[edit]]
+            if not wrong:
+                return
+            neurons = max(self.config.neurons, min(self.config.neurons + turn, self.config.max_neurons))
+            self.neurons.drop(torch.tensor(wrong, device=self.device))
+            for start in range(0, len(wrong), self.config.chunk):
+                self.learn(wrong[start : start + self.config.chunk], neurons, turn, decided)
+        self.right(self.accepted)
+
+    def learn(self, edits: list[int], neurons: int, turn: int, decided: int) -> None:
+        """Train `edits` side by side against the current neurons and install the result."""
+        begun = time.perf_counter()
+        problem = self.problem(edits, neurons, turn)
+        generator = self.task.generator("memory", *(self.plans[edit].edit.request.id for edit in edits), str(turn))
+
+        def tick(share: float) -> None:
+            if not turn:
+                self.task.report("training", decided + int(share * len(edits)), len(self.plans))
+
+        trained = train(problem, self.config, self.task.head.tail, self.activation, generator, tick)
+        self.neurons.add(torch.tensor(edits, device=self.device), *trained)
+        for edit in edits:
+            self.seconds[edit] += (time.perf_counter() - begun) / len(edits)
+
+    def right(self, edits: list[int]) -> dict[int, bool]:
+        """Which edits are right in all their required rows, with all neurons there are."""
+        verdict = {edit: not self.wrong_languages(edit, answers) for edit, answers in self._answers(edits)}
+        self.once_right.update(edit for edit, good in verdict.items() if good)
+        return verdict
+
+    def wrong_languages(self, edit: int, answers: list[int]) -> list[str]:
+        """Languages whose required text gets another answer than asked for."""
+        plan = self.plans[edit]
+        return [w.language for w, answer in zip(plan.chosen, answers, strict=True) if answer != w.label]
+
+    def _answers(self, edits: list[int]) -> list[tuple[int, list[int]]]:
+        if not edits:
+            return []
+        plans = [self.plans[edit] for edit in edits]
+        rows = torch.tensor([row for plan in plans for row in plan.rows[: plan.required]], device=self.device)
+        cache = self.task.cache
+        with torch.no_grad():
+            output = cache.base[rows] + self.neurons.output(cache.x[rows])
+            answers = self.task.head.tail(output, cache.residual[rows]).argmax(-1).tolist()
+        found, start = [], 0
+        for edit, plan in zip(edits, plans, strict=True):
+            found.append((edit, answers[start : start + plan.required]))
+            start += plan.required
+        return found
+
+    def problem(self, edits: list[int], neurons: int, turn: int) -> Problem:
+        """Gather the cached rows of `edits`; base outputs hold what the current neurons add."""
+        cache, plans = self.task.cache, [self.plans[edit] for edit in edits]
+        width = max(len(plan.rows) for plan in plans)
+        index = self._tensor([[plan.rows[i % len(plan.rows)] for i in range(width)] for plan in plans])
+        labels = self._tensor([[plan.labels[i % len(plan.rows)] for i in range(width)] for plan in plans])
+        required = self._tensor([[i < plan.required for i in range(width)] for plan in plans])
+        x = cache.x[index]
+        # Rows of the accepted edits are memory for each other, an edit's locality probes for it alone; a text that two edits
+        # share is nobody's foreign row.
+        shared = {row for edit in self.accepted for row in self.plans[edit].rows}
+        mates = sorted(shared.union(*(plan.negatives for plan in plans)))
+        foreign = self._tensor(
+            [[row not in mine and (row in shared or row in spared) for row in mates] for mine, spared in self._sides(plans)]
+        )
+        first = x[:, [number % width for number in range(neurons)]]
+        values = torch.stack([self._noise(plan, neurons, turn, x.shape[-1]) for plan in plans]).to(x)
+        return Problem(
+            x=x,
+            residual=cache.residual[index],
+            base=cache.base[index] + self.neurons.output(x.flatten(0, 1)).view_as(x),
+            labels=labels,
+            required=required,
+            memory=self.memory,
+            held=self.held,
+            mates=cache.x[self._tensor(mates)],
+            foreign=foreign.view(len(plans), len(mates)).bool(),
+            # The pre-activation starts at exactly 1 on the row it is made from (Transformer-Patcher, appendix).
+            keys=first / first.square().sum(-1, keepdim=True),
+            bias=x.new_zeros(len(plans), neurons),
+            values=values,
+        )
+
+    def finish(self) -> Product:
+        """Statuses, messages and the final neurons, ordered by edit."""
+        everything = sorted(self.accepted + self.spared)
+        wrong = {edit: self.wrong_languages(edit, found) for edit, found in self._answers(everything)}
+        status = {edit: "lost" if wrong[edit] else "already-right" for edit in self.spared}
+        for edit in self.accepted:
+            status[edit] = "edited" if not wrong[edit] else "lost" if edit in self.once_right else "failed"
+        if not self.config.keep_failed:
+            self.neurons.drop(self._tensor([edit for edit in self.accepted if status[edit] == "failed"]))
+        self.neurons.sort()
+        rows: dict[int, list[int]] = {}
+        for row, owner in enumerate(self.neurons.owner.tolist()):
+            rows.setdefault(owner, []).append(row)
+        outcomes = [
+            Outcome(
+                status=status[edit],  # type: ignore[arg-type]
+                message=self._message(edit, status[edit], wrong[edit]),
+                rows={PART: tuple(rows[edit])} if edit in rows else {},
+                seconds=self.seconds[edit],
+            )
+            for edit in range(len(self.plans))
+        ]
+        part = PatchNeurons(
+            site=self.task.site.name,
+            keys=self.neurons.keys.cpu().contiguous(),
+            bias=self.neurons.bias.cpu().contiguous(),
+            values=self.neurons.values.cpu().contiguous(),
+            activation=self.activation,
+        )
+        return Product({PART: part} if len(part.bias) else {}, outcomes)
+
+    def _message(self, edit: int, status: str, wrong: list[str]) -> str:
+        plan = self.plans[edit]
+        languages = ", ".join(wording.language for wording in plan.chosen)
+        cut = " (text cut at the model's length limit)" if any(row in self.task.cache.cut for row in plan.rows) else ""
+        said = {
+            "already-right": f"right in {languages} before editing",
+            "edited": f"right in {languages}",
+            "lost": f"was right, but not beside the other edits: wrong in {', '.join(wrong)}",
+            "failed": f"still wrong in {', '.join(wrong)}",
+        }
+        return said[status] + cut
+
+    def _plan(self, edit: Edit, sampler: Sampler, method: str) -> _Plan:
+        chosen = sampler(edit, self.task.rng(method, "languages", edit.request.id))
+        languages = {wording.language for wording in chosen}
+        extra = [w for w in edit.rephrases if w.language in languages] if self.config.rephrases else []
+        wordings = [*chosen, *extra]
+        rows = self.task.cache.want(wording.probe for wording in wordings)
+        labels = tuple(wording.label for wording in wordings)
+        return _Plan(edit, chosen, tuple(rows), labels, len(chosen), tuple(self.task.cache.want(edit.negatives)))
+
+    def _memory_rows(self) -> list[int]:
+        languages = {plan.edit.versions[0].language for plan in self.plans}
+        own = self.config.memory_languages == "own" and any(language in languages for language in self.task.memory)
+        probes = [p for language, texts in self.task.memory.items() if not own or language in languages for p in texts]
+        self.task.rng("memory").shuffle(probes)
+        edited = {row for plan in self.plans for row in plan.rows}
+        known = {(p.text, p.text_pair) for plan in self.plans for w in (*plan.edit.versions, *plan.edit.rephrases) for p in [w.probe]}
+        kept = [p for p in probes if (p.text, p.text_pair) not in known][: self.config.memory_rows]
+        return [row for row in dict.fromkeys(self.task.cache.want(kept)) if row not in edited]
+
+    @staticmethod
+    def _sides(plans: list[_Plan]) -> list[tuple[set[int], set[int]]]:
+        return [(set(plan.rows), set(plan.negatives)) for plan in plans]
+
+    def _noise(self, plan: _Plan, neurons: int, turn: int, width: int) -> torch.Tensor:
+        return torch.randn(neurons, width, generator=self.task.generator("values", plan.edit.request.id, str(turn)))
+
+    def _tensor(self, values: object) -> torch.Tensor:
+        made = torch.tensor(values, device=self.device)
+        return made if made.numel() else made.long()
+
+
+def _activation(task: Task, config: NeuronConfig) -> str:
+    name = task.site.activation if config.activation == "ffn" else config.activation
+    if name not in ACTIVATIONS:
+        raise MismatchError(
+            f"FFN {task.site.name!r} has the activation {name!r}, which a patch cannot share; known: {', '.join(ACTIVATIONS)}; "
+            "choose the gate yourself with activation='relu'"
+        )
+    return name
+
+
+register(
+    PatchNeuronEditor(
+        MethodInfo(
+            name="t-patcher",
+            title="Transformer-Patcher",
+            paper="Huang et al. 2023, Transformer-Patcher: One Mistake Worth One Neuron, ICLR",
+            url="https://arxiv.org/abs/2301.09785",
+            edits="sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2), single texts and pairs; the edit's own language",
+            separable=True,
+        ),
+        PRESETS,
+        own_language,
+    )
+)

@@ -1,0 +1,45 @@
+"""The losses of Transformer-Patcher (section 4.2), for many edits side by side: each returns one value per edit `[E]`.
+
+`z` is a pre-activation `x·k + b`. Axes: `E` edits, `R` rows of one edit's batch, `M` memory rows, `C` classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+
+def task_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Cross entropy minus `penalty` times the entropy of the prediction (the confidence penalty of the base's training).
+
+    logits `[E, R, C]`, labels `[E, R]`, weights `[E, R]` (rows of weight 0 do not count). For two classes this equals the
+    reference's binary form: the softmax over two logits is the sigmoid of their difference, with the same entropy.
+    """
+    log_p = F.log_softmax(logits, dim=-1)
+    cross = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return ((cross - penalty * entropy) * weights).sum(-1) / weights.sum(-1)
+
+
+def activation_loss(z: torch.Tensor, top: int = 5) -> torch.Tensor:
+    """The edit's own rows must fire: the mean of the `top` largest `exp(-z)`. z `[E, R]`."""
+    return torch.exp(-z).topk(min(top, z.shape[1]), dim=1).values.mean(1)
+
+
+def memory_loss(own: torch.Tensor, memory: torch.Tensor, top: int = 1000, margin: float = 3.0) -> torch.Tensor:
+    """Everything else must stay silent: l1 + l2 over all pairs of a memory row j and a batch row i (own `[E, R]`, memory `[E, M]`).
+
+    l1: the mean of the `top` largest `exp(z_j - z_i + margin)`; l2: the mean of the `top` largest `exp(z_j + margin)`, where
+    every memory row stands R times, once for each batch row, as in the reference.
+    """
+    rows = own.shape[1]
+    # A pair among the `top` largest has its memory row among the `top` largest: both losses need only those.
+    largest = memory.topk(min(top, memory.shape[1]), dim=1).values
+    pairs = (largest.unsqueeze(2) - own.unsqueeze(1)).flatten(1)
+    relative = torch.exp(pairs.topk(min(top, pairs.shape[1]), dim=1).values + margin).mean(1)
+    full, rest = divmod(min(top, memory.shape[1] * rows), rows)
+    silent = torch.exp(largest + margin)
+    absolute = silent[:, :full].sum(1) * rows
+    if rest:
+        absolute = absolute + silent[:, full] * rest
+    return relative + absolute / (full * rows + rest)

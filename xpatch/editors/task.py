@@ -1,0 +1,79 @@
+"""What an editor gets and gives back: resolved edits with label indices, the memory, and the outcome of every request."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from xpatch.editors.cache import FeatureCache
+from xpatch.editors.progress import Report
+from xpatch.patches.requests import EditRequest, Probe
+from xpatch.patches.types import EditStatus, Part
+
+
+@dataclass(frozen=True)
+class Wording:
+    """One text an edit is about, its label index and its language."""
+
+    probe: Probe
+    label: int
+    language: str
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One request, resolved against a model. `versions[0]` is the request's own language; `negatives` must stay as they are."""
+
+    request: EditRequest
+    versions: tuple[Wording, ...]
+    rephrases: tuple[Wording, ...]
+    negatives: tuple[Probe, ...]
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(version.language for version in self.versions)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything an editor works on. `memory`: language -> probes whose behaviour must not change."""
+
+    model: torch.nn.Module
+    site: Any
+    head: Any
+    edits: Sequence[Edit]
+    memory: Mapping[str, Sequence[Probe]]
+    cache: FeatureCache
+    seed: int
+    report: Report
+
+    def rng(self, *salt: str) -> random.Random:
+        """A random stream of its own for one purpose: the same whatever else is edited in the call."""
+        return random.Random(":".join((str(self.seed), *salt)))
+
+    def generator(self, *salt: str) -> torch.Generator:
+        """The same as `rng`, for tensors."""
+        return torch.Generator().manual_seed(self.rng(*salt).getrandbits(62))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one request. `rows`: part name -> rows it owns."""
+
+    status: EditStatus
+    message: str
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    group: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Product:
+    """An editor's result: parts by name and one outcome per edit, in order."""
+
+    parts: Mapping[str, Part]
+    outcomes: Sequence[Outcome]

@@ -1,0 +1,121 @@
+"""What an evaluation asks: the texts of the cases and the texts about other subjects, read and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from xpatch.errors import FormatError
+from xpatch.evaluation.predict import label_index
+from xpatch.patches.requests import EditRequest, Probe
+
+Locality = Mapping[str, Sequence["Probe | str | Mapping[str, Any]"]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One text to ask: kind and language it counts under, whose it is, and its right class (-1 where unknown)."""
+
+    kind: str
+    language: str
+    id: str
+    cluster: str
+    own: bool
+    gold: int
+    probe: Probe
+
+
+def case_questions(model: Any, cases: Sequence[EditRequest]) -> Iterator[Question]:
+    """Every text of the cases. Raises `FormatError` for a missing target, `MismatchError` for an unknown label."""
+    for case in cases:
+        cluster = case.versions[case.language].subject or case.id
+        for language, version in case.versions.items():
+            target = case.target_of(language)
+            if target is None:
+                raise FormatError(
+                    f"case {case.id!r}: version {language!r} has no target; an evaluation case needs the right label"
+                )
+            where = f"case {case.id!r}, version {language!r}"
+            gold = label_index(model, target, where=where)
+            own = language == case.language
+            yield Question("edit", language, case.id, cluster, own, gold, version.probe)
+            for kind, probes, default in (
+                ("rephrase", version.rephrases, gold),
+                ("portability", version.portability, gold),
+                ("near", version.locality, -1),
+            ):
+                for probe in probes:
+                    expected = (
+                        default if probe.target is None else label_index(model, probe.target, where=f"{where}, {kind}")
+                    )
+                    yield Question(kind, language, case.id, cluster, own, expected, probe)
+
+
+def locality_questions(
+    model: Any, kind: str, locality: Locality | str | Path | None, groups: Sequence[str] | None
+) -> Iterator[Question]:
+    """Every locality probe, as kind "locality_train" or "locality_test". Raises `FormatError`, `MismatchError`."""
+    for language, probes in _read_locality(kind, locality).items():
+        if groups is not None and len(groups) != len(probes):
+            raise FormatError(
+                f"{kind}, {language!r}: {len(groups)} groups for {len(probes)} probes; give one name a position"
+            )
+        for position, probe in enumerate(probes):
+            gold = (
+                -1
+                if probe.target is None
+                else label_index(model, probe.target, where=f"{kind}, {language!r}, probe {position}")
+            )
+            cluster = groups[position] if groups is not None else f"{kind}:{position}"
+            yield Question(kind, language, f"{kind}:{position}", cluster, True, gold, probe)
+
+
+def _read_locality(kind: str, locality: Locality | str | Path | None) -> dict[str, list[Probe]]:
+    if locality is None:
+        return {}
+    if isinstance(locality, Mapping):
+        return {
+            language: [_probe(item, f"{kind}, {language!r}, probe {position}") for position, item in enumerate(items)]
+            for language, items in locality.items()
+        }
+    path = Path(locality)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{kind} file {path} cannot be read: {error}") from None
+    found: dict[str, list[Probe]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FormatError(f"{where}: not valid JSON ({error.msg} at column {error.colno}): {line[:120]}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("language"), str):
+            raise FormatError(f'{where}: expected {{"language", "text", "text_pair", "target"}}, found {line[:120]}')
+        found.setdefault(row.pop("language"), []).append(_probe(row, where))
+    return found
+
+
+def _probe(item: Any, where: str) -> Probe:
+    if isinstance(item, Probe):
+        return item
+    try:
+        return Probe.model_validate(item)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "probe"
+        raise FormatError(f"{where}: {field}: {first['msg']}; found {str(item)[:120]}") from None
+
+
+def digest(questions: Sequence[Question]) -> str:
+    """SHA-256 over everything that is asked."""
+    rows = [[q.kind, q.language, q.id, q.cluster, q.gold, q.probe.text, q.probe.text_pair] for q in questions]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Serving patches: the published state (snapshot), who sees which patches (routing), the sums (layer), the hooks (attach)."""

@@ -1,0 +1,108 @@
+"""What the patches at one site add to its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from xpatch.ops import dense, lowrank, mask, patch_ffn
+from xpatch.patches.types import LowRankDelta, PatchNeurons
+from xpatch.runtime.routing import Route, spread
+from xpatch.runtime.snapshot import PreparedPart, compute_dtype
+
+Fired = Callable[[PreparedPart, torch.Tensor], None]
+
+
+def add_patches(
+    parts: tuple[PreparedPart, ...], x: torch.Tensor, y: torch.Tensor, route: Route, fired: Fired | None = None
+) -> torch.Tensor:
+    """`y + Σ patch(x)` over the parts each row gets: x `[..., D_in]`, y `[..., D_out]` -> as y, with y's dtype and device.
+
+    The sum is formed in `compute_dtype(y.dtype)` and rounded once to y's dtype; a row that gets no part keeps its bits.
+    `fired(part, positive)`, where firings are counted, gets which of a part's neurons `[..., N]` are above zero. Differentiable.
+    """
+    dtype = compute_dtype(y.dtype)
+    with _no_autocast(y.device):
+        x = x.to(device=y.device, dtype=dtype)
+        total: torch.Tensor | None = None
+        touched: torch.Tensor | bool = False
+        for part in parts:
+            keep = True if route.keep is None else route.keep.get(part.set_name, False)
+            if keep is False:
+                continue
+            here = _column(torch.tensor(keep, device=y.device), y) if isinstance(keep, tuple) else None
+            delta = _delta(part, x, route, here, fired)
+            if here is not None:
+                delta = torch.where(here, delta, 0)
+                touched = touched if touched is True else here if touched is False else touched | here
+            else:
+                touched = True
+            total = delta if total is None else total + delta
+        if total is None:
+            return y
+        patched = (y.to(dtype) + total).to(y.dtype)
+    return patched if touched is True else torch.where(touched, patched, y)  # type: ignore[arg-type]
+
+
+def _delta(
+    part: PreparedPart, x: torch.Tensor, route: Route, here: torch.Tensor | None, fired: Fired | None
+) -> torch.Tensor:
+    """One part's own `[..., D_out]`: masked, computed, masked, gated (on the part's unmasked input)."""
+    tensors = part.tensors.on(x.device, x.dtype)
+    language = _language(part, x, route)
+    entered = x if language is None else mask(x, tensors["mask_inner"], language)
+    if isinstance(part.part, PatchNeurons):
+        delta = patch_ffn(entered, tensors["keys"], tensors["bias"], tensors["values"], part.part.activation)
+        if fired is not None:
+            positive = torch.nn.functional.linear(entered.detach(), tensors["keys"], tensors["bias"]) > 0
+            fired(part, positive if here is None else positive & here)
+    elif isinstance(part.part, LowRankDelta):
+        delta = lowrank(entered, tensors["down"], tensors["up"])
+    else:
+        delta = dense(entered, tensors["weight"], tensors.get("bias"))
+    if language is not None:
+        delta = mask(delta, tensors["mask_outer"], language)
+    if part.gate is None:
+        return delta
+    with torch.no_grad():
+        if part.gate.kind == "ball":
+            opened = ball(x, tensors["gate_keys"], tensors["gate_radii"])
+        else:
+            opened = torch.linalg.vector_norm(delta, dim=-1) >= (part.gate.threshold or 0.0)
+    return torch.where(opened.unsqueeze(-1), delta, 0)
+
+
+def ball(x: torch.Tensor, keys: torch.Tensor, radii: torch.Tensor) -> torch.Tensor:
+    """GRACE's deferral (Hartvigsen et al. 2023, algorithm 1): x `[..., D]`, keys `[K, D]`, radii `[K]` -> `[...]` bool.
+
+    True where the nearest key (Euclidean) is within its own radius; always False without keys.
+    """
+    if keys.shape[0] == 0:
+        return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+    rows = x.reshape(-1, x.shape[-1])
+    # The usual matmul form of the distance cancels badly where it matters, near a key.
+    distance, nearest = torch.cdist(rows, keys, compute_mode="donot_use_mm_for_euclid_dist").min(dim=-1)
+    return (distance <= radii[nearest]).reshape(x.shape[:-1])
+
+
+def _language(part: PreparedPart, x: torch.Tensor, route: Route) -> torch.Tensor | None:
+    """Row of the mask's tables for each leading row of x, or one for all; None where no mask applies."""
+    if part.languages is None or route.languages is None:
+        return None
+    known = {language: index for index, language in enumerate(part.languages)}
+    if isinstance(route.languages, str):
+        return torch.tensor(known.get(route.languages, len(known)), device=x.device)
+    return spread(torch.tensor([known.get(name, len(known)) for name in route.languages], device=x.device), x)
+
+
+def _column(values: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    values = spread(values, y)
+    return values.reshape(-1, *([1] * (y.ndim - 1)))
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,160 @@
+"""Which patches and which language each row of a batch gets: `Rows`, the context forms, and their resolution per call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from xpatch.errors import MismatchError
+
+#: The name of the unpatched model in `Rows(patches=...)`; no patch set can be called so.
+BASE = "__base__"
+_BATCHED = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What each of the B rows of a batch gets.
+
+    languages: one code for all rows or B codes. patches: per row the name of an applied set, a list of names, "__base__" (none),
+    or None (all sets); a single string holds for all rows. Without `patches` every row gets every set.
+    Raises `MismatchError` for anything else, and when both are given with different lengths.
+    """
+
+    languages: str | Sequence[str] | None = None
+    patches: str | Sequence[str | Sequence[str] | None] | None = None
+
+    def __post_init__(self) -> None:
+        for field, value in (("languages", self.languages), ("patches", self.patches)):
+            if value is not None and not isinstance(value, str):
+                if not isinstance(value, Sequence):
+                    raise MismatchError(f"Rows({field}=...): expected a string or a list, one entry per row; found {value!r}")
+                object.__setattr__(self, field, tuple(value))
+        if isinstance(self.languages, tuple):
+            for row, language in enumerate(self.languages):
+                if not isinstance(language, str):
+                    raise MismatchError(f"Rows(languages=...), row {row}: expected a language code; found {language!r}")
+        if isinstance(self.patches, tuple):
+            object.__setattr__(self, "patches", tuple(_names(entry, row) for row, entry in enumerate(self.patches)))
+        if isinstance(self.languages, tuple) and isinstance(self.patches, tuple) and len(self.languages) != len(self.patches):
+            raise MismatchError(
+                f"Rows: {len(self.languages)} languages but {len(self.patches)} patches entries; both need one entry per row"
+            )
+
+
+@dataclass(frozen=True)
+class Route:
+    """`Rows` resolved against the applied sets. keep: set name -> True, False or one bool per row; None: everything everywhere."""
+
+    languages: str | tuple[str, ...] | None = None
+    keep: Mapping[str, bool | tuple[bool, ...]] | None = None
+    batch: int | None = None
+
+
+EVERYTHING = Route()
+_ROWS: ContextVar[Rows | None] = ContextVar("xpatch_rows", default=None)
+_DISABLED: ContextVar[frozenset[int]] = ContextVar("xpatch_disabled", default=frozenset())
+
+
+@contextmanager
+def rows(
+    languages: str | Sequence[str] | None = None, patches: str | Sequence[str | Sequence[str] | None] | None = None
+) -> Iterator[Rows]:
+    """`Rows` for every model call in this context (this thread or task); an explicit `xpatch=` argument wins."""
+    value = Rows(languages=languages, patches=patches)
+    token = _ROWS.set(value)
+    try:
+        yield value
+    finally:
+        _ROWS.reset(token)
+
+
+@contextmanager
+def switched_off(model: torch.nn.Module) -> Iterator[None]:
+    """Within this context (this thread or task) `model` computes what its base computes, bit for bit."""
+    token = _DISABLED.set(_DISABLED.get() | {id(model)})
+    try:
+        yield
+    finally:
+        _DISABLED.reset(token)
+
+
+def is_switched_off(model: torch.nn.Module) -> bool:
+    return id(model) in _DISABLED.get()
+
+
+def rows_in_context() -> Rows | None:
+    return _ROWS.get()
+
+
+def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """The number of rows of a call: the first axis of its token ids (or of its first tensor); None where there is none."""
+    named = [kwargs.get(name) for name in _BATCHED]
+    for value in [*named, *args, *kwargs.values()]:
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            return int(value.shape[0])
+    return None
+
+
+def resolve(chosen: Rows | None, names: Sequence[str], batch: int | None) -> Route:
+    """`Rows` -> `Route` for a call of `batch` rows on a model with the sets `names`. Raises `MismatchError`."""
+    if chosen is None:
+        return EVERYTHING
+    if not isinstance(chosen, Rows):
+        raise MismatchError(f"the argument xpatch= takes xpatch.Rows(languages=..., patches=...); found {type(chosen).__name__}")
+    for field, value in (("languages", chosen.languages), ("patches", chosen.patches)):
+        if isinstance(value, tuple) and batch is not None and len(value) != batch:
+            raise MismatchError(
+                f"Rows({field}=...) has {len(value)} entries but the batch has {batch} rows; give one entry per row"
+                " (one for each beam or returned sequence where the batch was expanded) or one string for all"
+            )
+    lists = [value for value in (chosen.languages, chosen.patches) if isinstance(value, tuple)]
+    length = len(lists[0]) if lists else batch
+    languages = chosen.languages if isinstance(chosen.languages, str) else tuple(chosen.languages) if chosen.languages else None
+    return Route(languages=languages, keep=_keep(chosen.patches, names), batch=length)
+
+
+def spread(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One value per batch row `[B]` -> one per leading row of x: `[B, ...]`, or `[B * T, D]` where a model flattens its tokens."""
+    batch, lead = values.shape[0], x.shape[0]
+    if lead == batch:
+        return values
+    if x.ndim == 2 and batch > 0 and lead % batch == 0:
+        return values.repeat_interleave(lead // batch)
+    raise MismatchError(
+        f"Rows names {batch} rows but a patched layer sees {lead} (shape {tuple(x.shape)}); the batch was expanded or split on the "
+        "way (beams, several returned sequences). Give one entry per expanded row, or one string for all rows"
+    )
+
+
+def _names(entry: Any, row: int) -> tuple[str, ...] | None:
+    if entry is None:
+        return None
+    names = (entry,) if isinstance(entry, str) else tuple(entry) if isinstance(entry, Sequence) else (entry,)
+    if not all(isinstance(name, str) for name in names):
+        raise MismatchError(f"Rows(patches=...), row {row}: expected a name, a list of names or {BASE!r}; found {entry!r}")
+    if BASE in names and len(names) > 1:
+        raise MismatchError(f"Rows(patches=...), row {row}: {BASE!r} means no patches and cannot be combined; found {list(names)}")
+    return tuple(name for name in names if name != BASE)
+
+
+def _keep(patches: Any, names: Sequence[str]) -> dict[str, bool | tuple[bool, ...]] | None:
+    if patches is None:
+        return None
+    entries = [_names(patches, 0)] if isinstance(patches, str) else list(patches)
+    for row, entry in enumerate(entries):
+        for name in entry or ():
+            if name not in names:
+                raise MismatchError(
+                    f"Rows(patches=...), row {row}: no patch set is called {name!r}; applied are {', '.join(map(repr, names)) or 'none'}"
+                )
+    keep: dict[str, bool | tuple[bool, ...]] = {}
+    for name in names:
+        column = tuple(entry is None or name in entry for entry in entries)
+        keep[name] = True if all(column) else False if not any(column) else column
+    return keep
