@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import activation as activation_study
+from .charts import best_rows, clg_chart, interval_of, languages_of, unseen_chart, write_charts
 from .machine import write_text
-from .svg import Series, points
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLOURS = {"original": 0, "ft": 1, "t-patcher": 2, "mpn-only": 3, "mpn": 4}
 COLUMNS = (
     ("Patches", "patches"), ("Reliability", "reliability"), ("MLG", "mlg"), ("clg", ""), ("CLG mean", "clg_avg"),
     ("Locality train", "locality_train"), ("Locality test", "locality_test"), ("Unchanged", "unchanged_avg"),
@@ -31,98 +30,32 @@ def write(result: Mapping[str, Any], path: str | Path, activation: Mapping[str, 
     return path
 
 
-def write_charts(result: Mapping[str, Any], folder: str | Path) -> list[Path]:
-    """Write `clg.svg` and `unseen.svg`, for instance for a README."""
-    made = {"clg.svg": clg_chart(result), "unseen.svg": unseen_chart(result)}
-    for name, text in made.items():
-        write_text(text, Path(folder) / name)
-    return [Path(folder) / name for name in made]
-
-
-def clg_chart(result: Mapping[str, Any]) -> str:
-    """Accuracy on the edited claims after editing, per language: reliability (en) and CLG, with the paper's values as bars."""
-    rows = best_rows(result["methods"])
-    languages = _languages(rows, "clg")
-    series = [
-        Series(
-            row["name"],
-            [row["reliability"], *(row["clg"].get(language) for language in languages)],
-            [_interval(row, "reliability"), *(_interval(row, "clg", language) for language in languages)],
-            [_paper(row, "reliability"), *(_paper(row, "clg", language) for language in languages)],
-            COLOURS.get(row["method"], 0),
-            row["method"] == "mpn",
-        )
-        for row in rows
-    ]
-    return points(
-        "Claims of the edit set right after editing, per language (%)",
-        ["en (reliability)", *languages],
-        series,
-        "Whole edit set, 95 % intervals. Bars: MPN's Table 1 (mBERT, XFEVER), another model and data set.",
-    )
-
-
-def unseen_chart(result: Mapping[str, Any]) -> str:
-    """Unseen paraphrases right, per language, over the claims the unpatched model gets wrong in any language."""
-    rows = best_rows(result["methods"])
-    field = "clg_unseen_any" if all(row.get("clg_unseen_any") for row in rows) else "clg_unseen"
-    languages = _languages(rows, field)
-    series = [
-        Series(
-            row["name"],
-            [row[field].get(language) for language in languages],
-            [_interval(row, field, language) for language in languages],
-            (),
-            COLOURS.get(row["method"], 0),
-            row["method"] == "mpn",
-        )
-        for row in rows
-    ]
-    which = "claims wrong in any language before" if field == "clg_unseen_any" else "each method's needed edits"
-    return points(
-        "What a user gets: unseen paraphrases right, per language (%)",
-        languages,
-        series,
-        f"Paraphrases never trained on, of the {which}; 95 % intervals.",
-    )
-
-
-def best_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """One row a method for the charts: its default preset where there is one."""
-    chosen: dict[str, Mapping[str, Any]] = {}
-    for row in rows:
-        key = row.get("method", row["name"])
-        if key not in chosen or row.get("preset") == "default":
-            chosen[key] = row
-    return list(chosen.values())
-
-
 def table(result: Mapping[str, Any]) -> Table:
-    """The rows as a rich table for the terminal, the published row under each method's first row."""
+    """The rows as a rich table for the terminal, the published row under each method's last row."""
     from rich.table import Table
 
-    languages = _languages(result["methods"], "clg")
+    languages = languages_of(result["methods"], "clg")
     shown = Table(
         title="Cross-lingual editing (%)",
         caption="published: MPN's Table 1 (mBERT, XFEVER), another model and data set",
     )
     for title, _ in COLUMNS:
         for head in ["Method"] * (title == "Patches") + (languages if title == "clg" else [title]):
-            shown.add_column(head, justify="left" if head == "Method" else "right", overflow="fold")
-    seen: set[str] = set()
-    for row in result["methods"]:
+            shown.add_column(head, justify="left" if head == "Method" else "right", no_wrap=head == "Method")
+    rows = result["methods"]
+    for i, row in enumerate(rows):
         shown.add_row(" ".join(filter(None, (row["name"], row.get("preset")))), *_plain(row, languages))
-        if row.get("paper") and row["name"] not in seen:
+        if row.get("paper") and row["name"] not in [later["name"] for later in rows[i + 1 :]]:
             shown.add_row("  published", *_plain(row["paper"], languages), style="dim")
-        seen.add(row["name"])
     return shown
 
 
 def _plain(row: Mapping[str, Any], languages: Sequence[str]) -> list[str]:
-    found: list[float | None] = []
+    made = []
     for title, field in COLUMNS:
-        found += [row["clg"].get(language) for language in languages] if title == "clg" else [row.get(field)]
-    return ["" if value is None else f"{value:g}" if float(value).is_integer() else f"{value:.1f}" for value in found]
+        found = [row["clg"].get(language) for language in languages] if title == "clg" else [row.get(field)]
+        made += ["" if x is None else f"{x:g}" if field in ("patches", "edits") else f"{x:.1f}" for x in found]
+    return made
 
 
 def page(result: Mapping[str, Any], activation: Mapping[str, Any] | None = None) -> str:
@@ -166,17 +99,16 @@ def _section(title: str, body: str, wide: bool = False) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    languages = _languages(rows, "clg")
+    languages = languages_of(rows, "clg")
     heads = [h for title, _ in COLUMNS for h in (languages if title == "clg" else [title])]
     body = []
-    for row in rows:
+    for i, row in enumerate(rows):
         preset = f" <small>{escape(row['preset'])}</small>" if row.get("preset") else ""
         body.append(f"<tr><th scope=row>{escape(row['name'])}{preset}</th>{''.join(_cells(row, languages))}</tr>")
-        if row.get("paper"):
-            note = f' title="{escape(row["paper"]["note"], quote=True)}"' if row["paper"].get("note") else ""
-            mark = "*" if note else ""
+        if row.get("paper") and row["name"] not in [later["name"] for later in rows[i + 1 :]]:
+            mark = "*" if row["paper"].get("note") else ""
             body.append(
-                f"<tr class=paper><th scope=row{note}>published{mark}</th>{''.join(_cells(row['paper'], languages))}</tr>"
+                f"<tr class=paper><th scope=row>published{mark}</th>{''.join(_cells(row['paper'], languages))}</tr>"
             )
     notes = dict.fromkeys(row["paper"]["note"] for row in rows if row.get("paper") and row["paper"].get("note"))
     foot = f"<p class=note>* {escape('; '.join(notes))}.</p>" if notes else ""
@@ -188,12 +120,14 @@ def _cells(row: Mapping[str, Any], languages: Sequence[str]) -> list[str]:
     made = []
     for title, field in COLUMNS:
         if title == "clg":
-            made += [_cell(row.get("clg", {}).get(language), _interval(row, "clg", language)) for language in languages]
+            made += [
+                _cell(row.get("clg", {}).get(language), interval_of(row, "clg", language)) for language in languages
+            ]
         elif field in ("patches", "edits"):
             value = row.get(field)
             made.append(f"<td>{'' if value is None else f'{value:g}'}</td>")
         else:
-            made.append(_cell(row.get(field), _interval(row, field)))
+            made.append(_cell(row.get(field), interval_of(row, field)))
     return made
 
 
@@ -272,20 +206,6 @@ def _header(header: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         "Date": header.get("date"),
     }
     return f"<dl>{''.join(f'<dt>{k}</dt><dd>{escape(str(v))}</dd>' for k, v in facts.items() if v)}</dl>"
-
-
-def _languages(rows: Sequence[Mapping[str, Any]], field: str) -> list[str]:
-    return list(dict.fromkeys(language for row in rows for language in row.get(field) or {}))
-
-
-def _interval(row: Mapping[str, Any], field: str, language: str | None = None) -> Sequence[float] | None:
-    found = row.get("intervals", {}).get(field)
-    return found.get(language) if isinstance(found, Mapping) and language else found
-
-
-def _paper(row: Mapping[str, Any], field: str, language: str | None = None) -> float | None:
-    found = (row.get("paper") or {}).get(field)
-    return found.get(language) if isinstance(found, Mapping) and language else found
 
 
 def main() -> None:

@@ -139,9 +139,7 @@ def _restore(meta: AdapterMeta, config: PatchConfig, arrays: dict[str, Array]) -
             shared: dict[str, Any] = {"site": about.site, "mask": about.mask}
             if slot.kind == "neurons":
                 keys, bias, values = own["keys"][:, rows].T, own["bias"][rows], own["values"][rows]
-                parts[name] = PatchNeurons(
-                    **shared, keys=keys, bias=bias, values=values, activation=about.activation
-                )
+                parts[name] = PatchNeurons(**shared, keys=keys, bias=bias, values=values, activation=about.activation)
             else:
                 parts[name] = LowRankDelta(**shared, down=own["down"][:, rows].T, up=own["up"][rows].T)
             if about.mask is not None:

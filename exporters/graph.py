@@ -1,7 +1,7 @@
 """Graph surgery on an exported base: marker inputs and outputs become patch slots made of standard ONNX operators.
 
-The exporter is asked for two marks per slot: an output that holds x, and an input that is added to y. Here the first is
-dropped and the second replaced by the slot's own computation, so no optimisation of the exporter can rename or fold it.
+The exporter was asked to add one extra input, a mark, to y of each slot. Here the mark is replaced by the slot's own
+computation, so no optimisation of the exporter can have renamed or folded any of it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Builder:
 def insert_slots(model: Any, slots: tuple[Slot, ...], x_of: Mapping[str, str], marks: Mapping[str, str]) -> None:
     """Change `model` (an onnx.ModelProto) in place.
 
-    x_of: slot prefix -> graph output that holds x `[B, T, D_in]`. marks: slot prefix -> graph input that is added to y; it
+    x_of: slot prefix -> value that holds x `[B, T, D_in]`. marks: slot prefix -> graph input that is added to y; it
     must be used by one Add. Raises `BackendError` when the exporter did something else with a mark.
     """
     onnx = require("onnx")
@@ -70,8 +70,9 @@ def insert_slots(model: Any, slots: tuple[Slot, ...], x_of: Mapping[str, str], m
             _constant(graph, name, value)
     _constant(graph, _AXIS, np.asarray([1], np.int64))
     _constant(graph, _ZERO, np.asarray([0], np.int64))
-    _keep(graph.input, lambda name: name not in set(marks.values()))
-    _keep(graph.output, lambda name: name not in set(x_of.values()))
+    kept = [value for value in graph.input if value.name not in set(marks.values())]
+    del graph.input[:]
+    graph.input.extend(kept)
     optional = [tensor for slot in slots for tensor in slot.tensors.values()]
     if any(slot.masked for slot in slots):
         optional.append(SlotTensor(LANGUAGE, ("xpatch_rows",), np.zeros(1, np.int64)))
@@ -106,7 +107,7 @@ def _row(node: _Builder, slot: Slot, key: str) -> str:
 
 
 def _activate(node: _Builder, z: str, activation: str) -> str:
-    """The activations of `xpatch.ops.reference`, in operators every opset since 13 has."""
+    """The activations of `xpatch.ops.reference`, in operators that every opset has."""
     if activation == "relu":
         return node("Relu", z)
     if activation == "silu":
@@ -124,9 +125,3 @@ def _activate(node: _Builder, z: str, activation: str) -> str:
 def _constant(graph: Any, name: str, value: np.ndarray[Any, Any]) -> None:
     if all(tensor.name != name for tensor in graph.initializer):
         graph.initializer.append(require("onnx").numpy_helper.from_array(value, name))
-
-
-def _keep(values: Any, wanted: Any) -> None:
-    kept = [value for value in values if wanted(value.name)]
-    del values[:]
-    values.extend(kept)

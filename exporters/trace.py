@@ -89,7 +89,7 @@ def max_tokens(model: nn.Module) -> int | None:
 def trace(
     model: nn.Module, slots: tuple[Slot, ...], folder: Path, opset: int
 ) -> tuple[Any, dict[str, str], dict[str, str]]:
-    """Write the marked graph to `folder/model.onnx`; return it as a ModelProto, and x and mark names by slot prefix.
+    """Write the marked graph to `folder/model.onnx`; return it as a ModelProto, with the names of x and mark by slot prefix.
 
     Weights above 1.5 GB lie beside the graph and are not loaded again. Raises `MismatchError` for a model that cannot be called
     or whose sites do not see `[B, T, D]`, `BackendError` when the exporter fails.
@@ -127,12 +127,12 @@ def trace(
                     "try another version of torch, transformers or onnxscript"
                 ) from error
     proto = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
-    sources = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Identity"}
-    x_of = {slot.prefix: f"xpatch_x_{wrapper.reads.index(slot.reads)}" for slot in slots}
-    if any(name in sources for name in x_of.values()):  # an x that came as a copy, perhaps made too late to be used
-        raise BackendError(
-            f"the exporter copied an input of {slots[0].site!r} to the end of the graph; try another version of onnxscript"
-        )
+    copies = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Identity"}
+    reads = {name: f"xpatch_x_{number}" for number, name in enumerate(wrapper.reads)}
+    x_of = {slot.prefix: copies.get(reads[slot.reads], reads[slot.reads]) for slot in slots}
+    kept = [value for value in proto.graph.output if value.name not in reads.values()]
+    del proto.graph.output[:]
+    proto.graph.output.extend(kept)
     return proto, x_of, {slot.prefix: f"xpatch_mark_{i}" for i, slot in enumerate(slots)}
 
 

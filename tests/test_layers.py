@@ -22,7 +22,7 @@ ALLOWED = {
     "models": {"patches", "ops"},
     "runtime": {"models", "patches", "ops"},
     "data": {"patches"},
-    "editors": {"patches", "models", "ops", "data"},
+    "editors": {"patches", "models", "ops", "data", "zoo"},
     "evaluation": {"patches", "models", "runtime", "ops", "data", "api", "xpatch"},
     "zoo": {"data", "patches", "evaluation"},
     "api": BELOW_API,

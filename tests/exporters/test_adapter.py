@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import xpatch
-from tests.exporters.conftest import batch, bert, close, exported, lowrank, masks, neurons, torch_logits
+from tests.exporters.conftest import batch, bert, close, lowrank, masks, neurons, torch_logits
 from xpatch.exporters import PatchedSession, export_adapter, read_adapter
+from xpatch.patches.identity import identify
 from xpatch.patches.types import EditRecord
 
 
@@ -27,7 +28,9 @@ def patches(bert_base):
         },
         edits=(
             EditRecord("a", "mpn", "edited", request=request, rows={"neurons.0": (0, 2)}, hyperparameters={"lr": 0.1}),
-            EditRecord("b", "mpn", "failed", rows={"neurons.0": (1,), "delta": (0, 1)}, seed=3, created="2026-01-01T00:00:00Z"),
+            EditRecord(
+                "b", "mpn", "failed", rows={"neurons.0": (1,), "delta": (0, 1)}, seed=3, created="2026-01-01T00:00:00Z"
+            ),
         ),
         masks={"m": masks("zh", "en")},
         base=bert_base.base,
@@ -48,11 +51,9 @@ def test_round_trip(patches, adapter, bert_base):
     assert list(again.parts) == list(patches.parts)
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in patches.tensors.items())
     assert [path.name for path in adapter.parent.iterdir()] == ["fixes.onnx_adapter"]
-    inputs = batch()
-    assert close(
-        PatchedSession(bert_base.folder, [adapter]).run(inputs, patches="fixes")["logits"],
-        torch_logits(bert_base.model, inputs, patches),
-    )
+    inputs, rows = batch(), xpatch.Rows(languages="zh")
+    found = PatchedSession(bert_base.folder, [adapter]).run(inputs, patches="fixes", languages="zh")["logits"]
+    assert close(found, torch_logits(bert_base.model, inputs, patches, rows=rows))
 
 
 def test_from_a_patch_folder(patches, bert_base, tmp_path):
@@ -117,14 +118,16 @@ def test_no_adapter_at_all(tmp_path):
         read_adapter(tmp_path / "none.onnx_adapter")
 
 
-def test_another_base_is_refused(patches, adapter, bert_base, tmp_path):
-    other = exported(bert(seed=5), tmp_path / "other", bert_base.site)
+def test_another_base_is_refused(patches, bert_base, tmp_path):
+    foreign = dataclasses.replace(patches, base=identify(bert(seed=5)))
     with pytest.raises(xpatch.MismatchError, match="do not fit this exported base: .*expected .* found"):
-        export_adapter(patches, other.folder, tmp_path / "no.onnx_adapter")
+        export_adapter(foreign, bert_base.folder, tmp_path / "no.onnx_adapter")
+    assert not list(tmp_path.iterdir())
+    relaxed = ("layer", "head", "all_weights")
+    path = export_adapter(foreign, bert_base.folder, tmp_path / "yes.onnx_adapter", allow=relaxed)
     with pytest.raises(xpatch.MismatchError, match="do not fit this exported base"):
-        PatchedSession(other.folder, adapter)
-    PatchedSession(other.folder, adapter, allow=("layer", "head", "all_weights"))
-    assert not (tmp_path / "no.onnx_adapter").exists()
+        PatchedSession(bert_base.folder, path)
+    PatchedSession(bert_base.folder, path, allow=relaxed)
 
 
 def test_forms_without_a_slot(bert_base, tmp_path):

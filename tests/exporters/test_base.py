@@ -39,11 +39,15 @@ def test_patch_inputs_are_optional_and_base_weights_constant(bert_base):
     assert domains <= {"", "ai.onnx"}
 
 
-def test_the_model_stays_as_it_was(tmp_path):
+def test_the_model_stays_as_it_was_and_the_folder_is_replaced(tmp_path):
     model = bert()
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "xpatch_onnx.json").write_text("from an earlier export, as is the next file")
+    (tmp_path / "onnx" / "stale.txt").write_text("")
     export_base(model, tmp_path / "onnx", languages=())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["model.onnx", "onnx", "xpatch_onnx.json"]
     assert model.training and all(module.training for module in model.modules())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -83,19 +87,35 @@ def test_gpt2_and_a_masked_lm(tmp_path):
         assert close(session.run(inputs, patches=[])["logits"], torch_logits(model, inputs)), site
 
 
-def test_an_earlier_export_is_replaced_whole(bert_base, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_the_earlier_one(bert_base, tmp_path, monkeypatch):
     folder = tmp_path / "onnx"
     folder.mkdir()
     (folder / "xpatch_onnx.json").write_text("{}")
-    (folder / "stale.txt").write_text("from before")
-    monkeypatch.setattr("xpatch.exporters.base._check_parity", lambda *_: (_ for _ in ()).throw(xpatch.BackendError("no")))
+
+    def fail(model, slots, temporary, opset):
+        (temporary / "model.onnx").write_text("half")
+        raise xpatch.BackendError("no")
+
+    monkeypatch.setattr("xpatch.exporters.base.trace", fail)
     with pytest.raises(xpatch.BackendError):
         export_base(bert_base.model, folder)
-    assert (folder / "stale.txt").exists() and [path.name for path in tmp_path.iterdir()] == ["onnx"]
-    monkeypatch.undo()
-    export_base(bert_base.model, folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "xpatch_onnx.json"]
-    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+    assert (folder / "xpatch_onnx.json").read_text() == "{}"
+    assert [path.name for path in tmp_path.rglob("*")] == ["onnx", "xpatch_onnx.json"]
+
+
+@pytest.mark.slow
+def test_weights_beside_the_graph(bert_base, tmp_path, monkeypatch):
+    """What protobuf's limit of 2 GiB does to large models."""
+    monkeypatch.setattr("xpatch.exporters.trace._LARGE", 0)
+    export_base(bert_base.model, tmp_path / "onnx")
+    assert {path.name for path in (tmp_path / "onnx").iterdir()} == {
+        "model.onnx",
+        "model.onnx.data",
+        "xpatch_onnx.json",
+    }
+    inputs, patches = batch(), xpatch.PatchSet(parts={"n": neurons(bert_base.site, 3)})
+    found = PatchedSession(tmp_path / "onnx", patches).run(inputs)["logits"]
+    assert close(found, torch_logits(bert_base.model, inputs, patches))
 
 
 def test_what_is_refused(bert_base, tmp_path):
@@ -146,7 +166,11 @@ def test_a_damaged_base(bert_base, tmp_path):
 
 
 def test_graph_names():
-    assert prefixes(["bert.encoder.layer.3", "A-b", "a.b"]) == ["xpatch_bert_encoder_layer_3", "xpatch_a_b", "xpatch_a_b_2"]
+    assert prefixes(["bert.encoder.layer.3", "A-b", "a.b"]) == [
+        "xpatch_bert_encoder_layer_3",
+        "xpatch_a_b",
+        "xpatch_a_b_2",
+    ]
 
 
 def test_importing_needs_no_onnx():

@@ -25,21 +25,43 @@ def make_set(model: nn.Module, form: str, *, seed: int = 0, layer: int = -1, mas
 
     site = find_ffn_sites(model)[layer]
     inside = site.width if form == "neurons" else site.inner
-    masks = {"lang": LanguageMask(("en", "de"), random(2, inside), random(2, site.width))} if mask else {}
-    gates = {}
-    if gate == "ball":
-        gates = {"g": Gate("ball", keys=random(2, inside), radii=torch.tensor([0.95, 1.05]) * inside**0.5)}
-    elif gate == "threshold":
-        gates = {"g": Gate("threshold", threshold=6.0 if form == "neurons" else 2.0)}
     names: dict[str, Any] = {"mask": "lang" if mask else None, "gate": "g" if gate else None}
     if form == "neurons":
-        part = PatchNeurons(site.name, random(5, site.width), random(5), random(5, site.width), "relu", **names)
+        part: Any = PatchNeurons(site.name, random(5, site.width), random(5), random(5, site.width), "relu", **names)
     elif form == "lowrank":
         part = LowRankDelta(site.down, random(3, site.inner), random(site.width, 3), **names)
     else:
         bias = random(site.width) if form == "dense" else None
         part = DenseDelta(site.down, random(site.width, site.inner), bias, **names)
+    masks = {"lang": LanguageMask(("en", "de"), random(2, inside), random(2, site.width))} if mask else {}
+    gates = {}
+    if gate is not None:  # open for about half of the rows
+        x = _inputs(model, site.up if form == "neurons" else site.down)
+        if gate == "ball":
+            keys = random(2, inside)
+            middle = torch.cdist(x, keys).min(dim=1).values.median()
+            gates = {"g": Gate("ball", keys=keys, radii=torch.stack([middle, middle * 1.001]))}
+        else:
+            gates = {"g": Gate("threshold", threshold=float(_plain(part, x).norm(dim=-1).median()) * 1.0001)}
     return PatchSet(parts={"part": part}, masks=masks, gates=gates)
+
+
+def _inputs(model: nn.Module, name: str) -> torch.Tensor:
+    """What reaches the linear layer `name` on the tokens of the fixture `token_ids`, `[21, D_in]` in fp32."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(torch.randint(5, 99, (3, 7), generator=torch.Generator().manual_seed(1)))
+    handle.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1]).float()
+
+
+def _plain(part: Any, x: torch.Tensor) -> torch.Tensor:
+    if isinstance(part, PatchNeurons):
+        return torch.relu(x @ part.keys.t() + part.bias) @ part.values
+    if isinstance(part, LowRankDelta):
+        return x @ part.down.t() @ part.up.t()
+    return x @ part.weight.t() + (0 if part.bias is None else part.bias)
 
 
 class SidePath(nn.Module):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 
 import xpatch
 from xpatch import DenseDelta, PatchSet, Rows
+from xpatch.models import find_ffn_sites
 from xpatch.runtime.layer import ball
 
 FAMILIES = ("bert", "bert-mlm", "xlm-r", "gpt2", "gpt2-lm", "distilbert", "opt", "llama")
@@ -30,6 +32,12 @@ def test_side_path(tiny, token_ids, patch_of, by_hand, family, form):
     assert not torch.allclose(served, base)
 
 
+def site_of(patches, model):
+    """The linear layer that `patches` add to."""
+    site = patches.parts["part"].site
+    return next((found.down for found in find_ffn_sites(model) if found.name == site), site)
+
+
 @pytest.mark.parametrize("mask, gate", [(True, None), (False, "ball"), (False, "threshold"), (True, "threshold"), (True, "ball")])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "opt"])
@@ -40,6 +48,8 @@ def test_masks_and_gates(tiny, token_ids, patch_of, by_hand, family, form, mask,
     languages = ["de", "en", "xx"]  # a language the mask does not know passes unmasked
     twin = by_hand(model, patches, languages if mask else None)
     expected = twin(token_ids).logits
+    if gate is not None:
+        assert set(twin.get_submodule(site_of(patches, model)).opened) == {True, False}
     found = xpatch.apply(model, patches)(token_ids, xpatch=Rows(languages=languages)).logits
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
@@ -60,8 +70,6 @@ def test_masks_without_languages_warn_once_and_are_left_out(tiny, token_ids, pat
     xpatch.apply(model, bare, name="masked")
     with pytest.warns(UserWarning, match="'masked' has language masks but this call names no languages"):
         first = model(token_ids).logits
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(model(token_ids).logits, first)
@@ -82,7 +90,7 @@ def test_ball_goes_by_the_nearest_key_and_its_own_radius():
 @torch.no_grad()
 def test_16_bit_models(tiny, token_ids, patch_of, form, dtype):
     model = tiny("bert")
-    patches = patch_of(model, form, gate="threshold")
+    patches = patch_of(model, form)
     model = model.to(dtype)
     base = model(token_ids).logits
     xpatch.apply(model, patches)

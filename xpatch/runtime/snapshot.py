@@ -12,9 +12,7 @@ from torch import nn
 
 from xpatch.errors import MismatchError
 from xpatch.models.anatomy import ffn_site, linear
-from xpatch.patches.types import ACTIVATIONS, DenseDelta, Gate, LanguageMask, LowRankDelta, Part, PatchNeurons, PatchSet
-
-_BYTES_PER_FLOAT = 4
+from xpatch.patches.types import Gate, Part, PatchNeurons, PatchSet
 
 
 @dataclass(frozen=True)
@@ -58,18 +56,6 @@ class PreparedPart:
     gate: Gate | None
     languages: tuple[str, ...] | None
     tensors: Tensors
-
-    @property
-    def count(self) -> int:
-        """Neurons, ranks, or 1 for a dense delta."""
-        if isinstance(self.part, PatchNeurons):
-            return int(self.part.keys.shape[0])
-        return int(self.part.down.shape[0]) if isinstance(self.part, LowRankDelta) else 1
-
-    @property
-    def bytes(self) -> int:
-        """Size of the part's tensors in fp32."""
-        return _BYTES_PER_FLOAT * sum(tensor.numel() for tensor in _tensors(self.part).values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,46 +105,33 @@ EMPTY = Snapshot()
 
 
 def prepare(model: nn.Module, patches: PatchSet, name: str) -> AppliedSet:
-    """Check every part against `model` and cast its tensors for the layer it joins. Raises `MismatchError`; changes nothing."""
+    """Check that every part has its site in `model`, and cast its tensors for the layer it joins. Raises `MismatchError`; changes nothing."""
     parts = tuple(_prepare_part(model, patches, name, key) for key in patches.parts)
     return AppliedSet(name, patches, patches.fingerprint, parts)
 
 
 def _prepare_part(model: nn.Module, patches: PatchSet, set_name: str, name: str) -> PreparedPart:
     part = patches.parts[name]
-    where = f"patch set {set_name!r}, part {name!r}"
     if isinstance(part, PatchNeurons):
         site = ffn_site(model, part.site)
-        point, inside, outside = Point(site.name, site.up, site.down), site.width, site.width
-        shapes = {"keys": (part.keys, inside), "values": (part.values, outside)}
-        if part.activation not in ACTIVATIONS:
-            raise MismatchError(f"{where}: unknown activation {part.activation!r}; known are {', '.join(ACTIVATIONS)}")
+        point, widths = Point(site.name, site.up, site.down), (site.width, site.width)
     else:
         _, inside, outside = linear(model, part.site)
-        point = Point(part.site, part.site, part.site)
-        if isinstance(part, LowRankDelta):
-            shapes = {"down": (part.down, inside), "up (transposed)": (part.up.t(), outside)}
-        else:
-            shapes = {"weight": (part.weight, inside), "weight (transposed)": (part.weight.t(), outside)}
-            if part.bias is not None:
-                shapes["bias"] = (part.bias, outside)
-    mask = _named(patches.masks, part.mask, "language mask", where)
-    gate = _named(patches.gates, part.gate, "gate", where)
-    tensors = _tensors(part)
+        point, widths = Point(part.site, part.site, part.site), (inside, outside)
+    if part.widths != widths:
+        raise MismatchError(
+            f"patch set {set_name!r}, part {name!r} of form {part.form!r}: made for a layer of widths {part.widths}, but "
+            f"{part.site!r} of {type(model).__name__} has {widths} (input, output); the set belongs to another base"
+        )
+    mask = patches.masks[part.mask] if part.mask is not None else None
+    gate = patches.gates[part.gate] if part.gate is not None else None
+    tensors = dict(part.tensors)
     if mask is not None:
-        shapes |= {"its mask's inner": (mask.inner, inside), "its mask's outer": (mask.outer, outside)}
-        tensors |= _mask_tables(mask)
-    if gate is not None and gate.kind == "ball":
-        if gate.keys is None or gate.radii is None:
-            raise MismatchError(f"{where}: its gate of kind 'ball' needs keys and radii")
-        shapes["its gate's keys"] = (gate.keys, inside)
-        tensors |= {"gate_keys": gate.keys, "gate_radii": gate.radii}
-    for what, (tensor, width) in shapes.items():
-        if tensor.shape[-1] != width:
-            raise MismatchError(
-                f"{where}: {what} has width {tensor.shape[-1]}, but {part.site!r} of {type(model).__name__} has {width}; "
-                "the set was made for another base"
-            )
+        # A last row of ones, for a row whose language the mask does not know.
+        tensors["mask_inner"] = torch.cat([mask.inner, torch.ones_like(mask.inner[:1])])
+        tensors["mask_outer"] = torch.cat([mask.outer, torch.ones_like(mask.outer[:1])])
+    if gate is not None:
+        tensors |= {f"gate_{key}": tensor for key, tensor in gate.tensors.items()}
     prepared = PreparedPart(set_name, name, part, point, gate, mask.languages if mask else None, Tensors(tensors))
     weight = next(model.get_submodule(point.adds).parameters(), None)
     if weight is not None and weight.device.type != "meta":
@@ -172,30 +145,3 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     A key's pre-activation decides whether a neuron fires, and 16-bit sums over D terms move it by more than its margin.
     """
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point and dtype.itemsize >= 2 else torch.float32
-
-
-def _tensors(part: Part) -> dict[str, torch.Tensor]:
-    if isinstance(part, PatchNeurons):
-        return {"keys": part.keys, "bias": part.bias, "values": part.values}
-    if isinstance(part, LowRankDelta):
-        return {"down": part.down, "up": part.up}
-    return {"weight": part.weight} | ({"bias": part.bias} if part.bias is not None else {})
-
-
-def _mask_tables(mask: LanguageMask) -> dict[str, torch.Tensor]:
-    """The mask's rows and a last row of ones, for a row whose language the mask does not know."""
-    return {
-        "mask_inner": torch.cat([mask.inner, torch.ones_like(mask.inner[:1])]),
-        "mask_outer": torch.cat([mask.outer, torch.ones_like(mask.outer[:1])]),
-    }
-
-
-def _named(table: Mapping[str, Any], name: str | None, kind: str, where: str) -> Any:
-    if name is None:
-        return None
-    if name not in table:
-        raise MismatchError(f"{where}: names the {kind} {name!r}; the set has {', '.join(map(repr, table)) or 'none'}")
-    return table[name]
-
-
-__all__ = ["DenseDelta", "EMPTY", "AppliedSet", "Point", "PreparedPart", "Snapshot", "compute_dtype", "prepare"]

@@ -14,7 +14,7 @@ from xpatch.runtime.snapshot import PreparedPart, compute_dtype
 
 @dataclass(frozen=True)
 class PartStatus:
-    """One part at work. count: neurons, ranks, or 1 for a dense delta. bytes: its tensors in fp32. kernel: "native" or
+    """One part at work. count: neurons, ranks, or 0 for a dense delta. bytes: its tensors in fp32. kernel: "native" or
     "reference". fired: (row, neuron) pairs above zero since counting began, None while nothing is counted."""
 
     set_name: str
@@ -93,8 +93,8 @@ def _part(runtime: Runtime, part: PreparedPart, totals: dict[tuple[str, str], in
         part=part.name,
         site=part.point.site,
         form=part.part.form,
-        count=part.count,
-        bytes=part.bytes,
+        count=part.part.count,
+        bytes=part.part.nbytes,
         kernel=_kernel(runtime.model, part) if neurons else "reference",
         fired=totals.get((part.set_name, part.name), 0) if totals is not None and neurons else None,
     )

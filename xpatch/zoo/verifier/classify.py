@@ -2,7 +2,8 @@
 
     python -m xpatch.zoo.verifier.classify --pretrained FOLDER --out FOLDER --steps 1500
 
-The validation facts choose nothing but the time to stop (best mean accuracy over the six languages).
+Labels are English; the validation facts choose the time to stop and one shift of the decision threshold (best mean accuracy
+over the six languages).
 """
 
 from __future__ import annotations
@@ -41,24 +42,30 @@ def english_batch(tokenizer, rng: random.Random, size: int) -> tuple[dict[str, t
 
 
 @torch.inference_mode()
-def accuracy(model, tokenizer, split: str, templates: tuple[int, ...] = (0, 2)) -> dict[str, float]:
-    """language -> share of the split's claims (true and false) classified right."""
+def margins(model, tokenizer, split: str, templates: tuple[int, ...] = (0, 2)) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """language -> (logit of SUPPORTS minus logit of REFUTES, whether the claim is true) over a split's claims."""
     model.eval()
     found = {}
     for language in LANGUAGES:
-        right = []
-        for template in templates:
-            items = claims(split)
-            for start in range(0, len(items), 256):
-                chunk = items[start : start + 256]
-                batch = tokenizer(
-                    [c.texts[language][template] for c in chunk], padding=True, truncation=True, return_tensors="pt"
-                )
-                with torch.autocast("cpu", torch.bfloat16):
-                    predicted = model(**batch).logits.argmax(-1)
-                right += [LABELS[p] == c.label for p, c in zip(predicted.tolist(), chunk, strict=True)]
-        found[language] = sum(right) / len(right)
+        texts = [item.texts[language][template] for template in templates for item in claims(split)]
+        scores = []
+        for start in range(0, len(texts), 256):
+            batch = tokenizer(texts[start : start + 256], padding=True, truncation=True, return_tensors="pt")
+            logits = model(**batch).logits
+            scores.append(logits[:, 1] - logits[:, 0])
+        found[language] = torch.cat(scores), torch.tensor([item.label == LABELS[1] for _ in templates for item in claims(split)])
     return found
+
+
+def accuracy(found: dict[str, tuple[torch.Tensor, torch.Tensor]], shift: float = 0.0) -> dict[str, float]:
+    """language -> share of claims classified right when `shift` is added to the logit of SUPPORTS."""
+    return {language: ((score + shift > 0) == true).float().mean().item() for language, (score, true) in found.items()}
+
+
+def best_shift(found: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """The shift with the best mean accuracy: trained on English alone, the model doubts what it reads in other languages."""
+    shifts = [step / 10 for step in range(-20, 31)]
+    return max(shifts, key=lambda shift: (sum(accuracy(found, shift).values()), -abs(shift)))
 
 
 def classify(
@@ -97,8 +104,10 @@ def classify(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            found = accuracy(model, tokenizer, "validation")
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            scores = margins(model, tokenizer, "validation")
+            shift = best_shift(scores)
+            found = accuracy(scores, shift)
             mean = sum(found.values()) / len(found)
             line = {
                 "step": step + 1,
@@ -109,6 +118,7 @@ def classify(
             print(json.dumps({**line, **{k: round(v, 3) for k, v in found.items()}}), flush=True)
             if best is None or mean > sum(best_accuracy.values()) / len(best_accuracy):
                 best, best_accuracy = {k: v.clone() for k, v in model.state_dict().items()}, found
+                best["classifier.bias"][1] += shift
     model.load_state_dict(best)
     model.half().save_pretrained(out)  # stored in fp16; every figure is measured on the stored file
     tokenizer.save_pretrained(out)
