@@ -36,9 +36,23 @@ def tiny() -> Callable[..., Any]:
         import transformers as hf
 
         encoder = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 64}
-        gpt2 = {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_inner": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        gpt2 = {
+            "n_embd": 32,
+            "n_layer": layers,
+            "n_head": 4,
+            "n_inner": 64,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
         distil = {"dim": 32, "n_layers": layers, "n_heads": 4, "hidden_dim": 64}
-        opt = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 32}
+        opt = {
+            "hidden_size": 32,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "ffn_dim": 64,
+            "word_embed_proj_dim": 32,
+        }
         classes = {
             "bert": (hf.BertForSequenceClassification, hf.BertConfig, encoder),
             "bert-mlm": (hf.BertForMaskedLM, hf.BertConfig, encoder),

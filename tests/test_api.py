@@ -42,7 +42,9 @@ def test_names_default_to_the_set_and_repeat_to_replace(tiny, token_ids):
 def test_remove_names_what_there_is(tiny):
     model = tiny("bert")
     assert xpatch.remove(model) is model
-    with pytest.raises(MismatchError, match="no patch set is called 'x' on this BertForSequenceClassification; applied are none"):
+    with pytest.raises(
+        MismatchError, match="no patch set is called 'x' on this BertForSequenceClassification; applied are none"
+    ):
         xpatch.remove(model, "x")
     xpatch.apply(model, one(neurons()), name="a")
     with pytest.raises(MismatchError, match="applied are 'a'"):
@@ -69,7 +71,9 @@ def test_status_counts_and_prints(tiny, token_ids):
 @torch.no_grad()
 def test_firings_are_counted_when_asked(tiny, token_ids):
     model = tiny("bert")
-    always = PatchNeurons("bert.encoder.layer.1", torch.zeros(4, 32), torch.tensor([1.0, 1.0, -1.0, 0.0]), torch.randn(4, 32), "relu")
+    always = PatchNeurons(
+        "bert.encoder.layer.1", torch.zeros(4, 32), torch.tensor([1.0, 1.0, -1.0, 0.0]), torch.randn(4, 32), "relu"
+    )
     xpatch.apply(model, one(always), name="a")
     model(token_ids)
     assert xpatch.status(model, count=True).parts[0].fired == 0
@@ -81,15 +85,31 @@ def test_firings_are_counted_when_asked(tiny, token_ids):
 
 
 BAD_SETS = [
-    (lambda: one(neurons("bert.encoder")), MismatchError, "has no FFN named 'bert.encoder'; it has bert.encoder.layer.0"),
-    (lambda: one(neurons(width=16)), MismatchError, r"part 'p' .* widths \(16, 16\), but 'bert.encoder.layer.1' .* has \(32, 32\)"),
-    (lambda: one(LowRankDelta("nowhere", torch.ones(1, 64), torch.ones(32, 1))), MismatchError, "no linear layer named 'nowhere'"),
+    (
+        lambda: one(neurons("bert.encoder")),
+        MismatchError,
+        "has no FFN named 'bert.encoder'; it has bert.encoder.layer.0",
+    ),
+    (
+        lambda: one(neurons(width=16)),
+        MismatchError,
+        r"part 'p' .* widths \(16, 16\), but 'bert.encoder.layer.1' .* has \(32, 32\)",
+    ),
+    (
+        lambda: one(LowRankDelta("nowhere", torch.ones(1, 64), torch.ones(32, 1))),
+        MismatchError,
+        "no linear layer named 'nowhere'",
+    ),
     (
         lambda: one(LowRankDelta("bert.encoder.layer.1.output.dense", torch.ones(1, 64), torch.ones(16, 1))),
         MismatchError,
         r"widths \(64, 16\), but 'bert.encoder.layer.1.output.dense' .* has \(64, 32\)",
     ),
-    (lambda: one(DenseDelta("bert.encoder.layer.1.output.dense", torch.ones(32, 32))), MismatchError, r"widths \(32, 32\)"),
+    (
+        lambda: one(DenseDelta("bert.encoder.layer.1.output.dense", torch.ones(32, 32))),
+        MismatchError,
+        r"widths \(32, 32\)",
+    ),
 ]
 
 
@@ -203,7 +223,9 @@ def test_a_patched_model_that_is_compiled_later_refuses_to_answer(tiny, token_id
 def test_copies_have_their_own_patches(tiny, token_ids, family, clone):
     model = tiny(family)
     base = model(token_ids).logits
-    xpatch.apply(model, one(neurons("transformer.h.1.mlp" if family == "gpt2-lm" else "bert.encoder.layer.1")), name="a")
+    xpatch.apply(
+        model, one(neurons("transformer.h.1.mlp" if family == "gpt2-lm" else "bert.encoder.layer.1")), name="a"
+    )
     patched = model(token_ids).logits
     twin = clone(model)
     assert torch.equal(twin(token_ids).logits, patched) and xpatch.status(twin).names == ("a",)

@@ -19,20 +19,27 @@ def everything(model) -> PatchSet:
     parts = {}
     for site in find_ffn_sites(model):
         d, f = site.width, site.inner
-        parts[f"n{site.layer}"] = PatchNeurons(site.name, torch.randn(4, d), torch.randn(4), torch.randn(4, d), "gelu", mask="m")
+        parts[f"n{site.layer}"] = PatchNeurons(
+            site.name, torch.randn(4, d), torch.randn(4), torch.randn(4, d), "gelu", mask="m"
+        )
         parts[f"l{site.layer}"] = LowRankDelta(site.down, torch.randn(2, f), torch.randn(d, 2), gate="t")
         parts[f"d{site.layer}"] = DenseDelta(site.up, torch.randn(f, d), torch.randn(f), gate="b")
     return PatchSet(
         parts=parts,
         masks={"m": LanguageMask(("en", "de"), torch.rand(2, d), torch.rand(2, d))},
-        gates={"t": Gate("threshold", threshold=0.1), "b": Gate("ball", keys=torch.randn(3, d), radii=torch.full((3,), 8.0))},
+        gates={
+            "t": Gate("threshold", threshold=0.1),
+            "b": Gate("ball", keys=torch.randn(3, d), radii=torch.full((3,), 8.0)),
+        },
     )
 
 
 def snapshot(model):
     """Bytes and names of the state, classes and attributes of every module."""
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    modules = [(name, type(module), sorted(vars(module)), bool(module.training)) for name, module in model.named_modules()]
+    modules = [
+        (name, type(module), sorted(vars(module)), bool(module.training)) for name, module in model.named_modules()
+    ]
     hooks = [
         len(table)
         for module in model.modules()
@@ -44,7 +51,9 @@ def snapshot(model):
 
 def same_state(first, second) -> bool:
     return list(first) == list(second) and all(
-        first[name].dtype == second[name].dtype and torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first
+        first[name].dtype == second[name].dtype
+        and torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8))
+        for name in first
     )
 
 

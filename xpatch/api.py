@@ -37,7 +37,7 @@ def apply(
     name). Whatever is raised, the model is as it was.
     """
     _check_arguments(model, patches)
-    refuse_compiled(model)
+    refuse_compiled(model, look_for_wrapper=runtime_of(model) is None)  # what is patched refuses to run compiled anyway
     if patches.base is not None:
         check_fit(patches, model, tokenizer=tokenizer, allow=tuple(allow))
     name = _name(patches, name)
@@ -59,7 +59,9 @@ def remove(model: Model, name: str | None = None) -> Model:
         runtime = runtime_of(model)
         sets = dict(runtime.snapshot.sets) if runtime is not None else {}
         if name is not None and name not in sets:
-            raise MismatchError(f"no patch set is called {name!r} on this {type(model).__name__}; applied are {_listed(sets)}")
+            raise MismatchError(
+                f"no patch set is called {name!r} on this {type(model).__name__}; applied are {_listed(sets)}"
+            )
         if runtime is None:
             return model
         kept = {other: applied for other, applied in sets.items() if name is not None and other != name}

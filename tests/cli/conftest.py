@@ -68,6 +68,16 @@ def make_model(family: str, vocabulary: int, seed: int = 0) -> Any:
     return transformers.XLMRobertaForSequenceClassification(config).eval()
 
 
+def answer_wrong(model: Any, tokenizer: Any) -> None:
+    """Turn the classifier's sign if need be, so that it supports what the requests refute."""
+    with torch.no_grad():
+        logits = model(**tokenizer("The capital of France is Berlin.", return_tensors="pt")).logits[0]
+        if logits[0] >= logits[1]:
+            last = [module for module in model.classifier.modules() if isinstance(module, torch.nn.Linear)][-1]
+            last.weight.neg_()
+            last.bias.neg_()
+
+
 @pytest.fixture(scope="session", params=["bert", "xlmr"])
 def any_model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as save_pretrained writes it, of each supported class."""
@@ -87,7 +97,9 @@ def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save_model(folder: Path, family: str, seed: int = 0) -> Path:
     tokenizer = make_tokenizer(family)
-    make_model(family, len(tokenizer), seed).save_pretrained(folder)
+    model = make_model(family, len(tokenizer), seed)
+    answer_wrong(model, tokenizer)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -113,6 +125,7 @@ def write_requests(path: Path, target: str = "REFUTES") -> Path:
         "target": target,
         "parallel": {"de": "Die Hauptstadt von Frankreich ist Berlin.", "fr": "La capitale de France est Berlin."},
     }
-    other = {**request, "id": "2", "text": "The capital of Germany is Berlin.", "target": "SUPPORTS", "parallel": {}}
+    # The same target, because a random model hardly tells two sentences apart.
+    other = {**request, "id": "2", "text": "The capital of Germany is Paris.", "parallel": {}}
     path.write_text("".join(json.dumps(item) + "\n" for item in (request, other)), encoding="utf-8")
     return path

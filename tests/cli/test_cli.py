@@ -50,7 +50,7 @@ def test_edit_any_classifier(
     assert [edit["id"] for edit in found["edits"]] == ["1", "2"]
     assert {edit["status"] for edit in found["edits"]} <= {"edited", "already-right"}
     assert found["bytes"] == sum(path.stat().st_size for path in out.iterdir())
-    assert sorted(path.name for path in out.iterdir()) == ["patch_config.json", "patch_model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "patch_config.json", "patch_model.safetensors"]
     assert {path.name: path.read_bytes() for path in any_model_folder.iterdir()} == before
 
     words = ("--model", any_model_folder, "--cases", requests_file, "--patches", out, "--json")
@@ -120,12 +120,12 @@ def test_evaluate_table_and_report(
 @pytest.mark.slow
 def test_export(run: Callable[..., Any], model_folder: Path, patch_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    base, adapter = tmp_path / "model.onnx", tmp_path / "fixes.onnx_adapter"
+    base, adapter = tmp_path / "onnx", tmp_path / "fixes.onnx_adapter"
     result = run("export", "base", "--model", model_folder, "--out", base)
     assert result.code == 0, result.err
-    result = run("export", "adapter", patch_folder, "--model", model_folder, "--base", base, "--out", adapter)
+    result = run("export", "adapter", patch_folder, "--base", base, "--out", adapter)
     assert result.code == 0, result.err
-    assert base.stat().st_size > 0
+    assert (base / "model.onnx").stat().st_size > 0
     assert adapter.stat().st_size > 0
 
 

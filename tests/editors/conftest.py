@@ -112,4 +112,4 @@ def memory(pair: bool = False) -> dict[str, list[Any]]:
     }
 
 
-QUICK = {"mpn": {"steps": 150}, "mpn-only": {"steps": 150}, "t-patcher": {"steps": 150}, "ft": {"learning_rate": 1e-3, "steps": 100}}
+QUICK = {"mpn": {"steps": 80}, "mpn-only": {"steps": 80}, "t-patcher": {"steps": 80}, "ft": {"learning_rate": 1e-3, "steps": 100}}

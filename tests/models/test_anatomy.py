@@ -7,7 +7,13 @@ from torch import nn
 from xpatch.errors import MismatchError
 from xpatch.models.anatomy import ffn_site, final_ffn, find_ffn_sites, linear, linear_shape
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+}
 GROUPED = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
 
@@ -55,7 +61,13 @@ def test_more_shapes_of_ffn(make, count, last, gated):
 
 @pytest.mark.parametrize(
     "name, expected",
-    [("relu", "relu"), ("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("silu", "silu"), ("quick_gelu", "quick_gelu")],
+    [
+        ("relu", "relu"),
+        ("gelu_new", "gelu_tanh"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("silu", "silu"),
+        ("quick_gelu", "quick_gelu"),
+    ],
 )
 def test_activation_is_recognised_by_its_values(tiny, name, expected):
     assert final_ffn(tiny("bert", hidden_act=name)).activation == expected
@@ -82,9 +94,13 @@ def test_experts_have_no_single_site():
 
 def test_wrong_names_list_what_there_is(tiny):
     model = tiny("bert")
-    with pytest.raises(MismatchError, match=r"no FFN named 'encoder'; it has bert.encoder.layer.0, bert.encoder.layer.1"):
+    with pytest.raises(
+        MismatchError, match=r"no FFN named 'encoder'; it has bert.encoder.layer.0, bert.encoder.layer.1"
+    ):
         ffn_site(model, "encoder")
-    with pytest.raises(MismatchError, match=r"no linear layer named 'bert.output.dense' \(found no such module\).*layer.1.output.dense"):
+    with pytest.raises(
+        MismatchError, match=r"no linear layer named 'bert.output.dense' \(found no such module\).*layer.1.output.dense"
+    ):
         linear(model, "bert.output.dense")
     with pytest.raises(MismatchError, match="found a BertLayer"):
         linear(model, "bert.encoder.layer.0")

@@ -54,7 +54,9 @@ def test_last_token_is_the_last_that_is_not_padding(tiny):
 
 
 def test_unknown_heads_are_named(tiny, token_ids):
-    with pytest.raises(MismatchError, match=r"BertForMaskedLM is not a sequence classifier.*found bert \(BertModel\), cls"):
+    with pytest.raises(
+        MismatchError, match=r"BertForMaskedLM is not a sequence classifier.*found bert \(BertModel\), cls"
+    ):
         head_of(tiny("bert-mlm"))
     with pytest.raises(MismatchError, match="rows are captured at the final FFN"):
         capture(tiny("bert"), {"input_ids": token_ids}, "bert.encoder.layer.0")

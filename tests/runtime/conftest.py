@@ -16,7 +16,9 @@ from xpatch.models.anatomy import final_ffn, find_ffn_sites, linear
 FORMS = ("neurons", "lowrank", "dense", "dense-no-bias")
 
 
-def make_set(model: nn.Module, form: str, *, seed: int = 0, layer: int = -1, mask: bool = False, gate: str | None = None) -> PatchSet:
+def make_set(
+    model: nn.Module, form: str, *, seed: int = 0, layer: int = -1, mask: bool = False, gate: str | None = None
+) -> PatchSet:
     """One part of `form` at the FFN of `layer`: neurons beside it, deltas beside its down projection."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -67,7 +69,9 @@ def _plain(part: Any, x: torch.Tensor) -> torch.Tensor:
 class SidePath(nn.Module):
     """`linear(x) + patch(x)`, written out row by row in float64; for neurons x comes from the up projection."""
 
-    def __init__(self, inner: nn.Module, patches: PatchSet, languages: list[str] | None, source: list[torch.Tensor] | None) -> None:
+    def __init__(
+        self, inner: nn.Module, patches: PatchSet, languages: list[str] | None, source: list[torch.Tensor] | None
+    ) -> None:
         super().__init__()
         self.inner, self.patches, self.languages, self.source = inner, patches, languages, source
 

@@ -12,7 +12,12 @@ from xpatch.runtime.attach import runtime_of
 def state_of(model):
     """Everything on the model that a hook or an attribute could change."""
     return [
-        (name, [key for key in vars(module) if not key.startswith("_")], len(module._forward_hooks), len(module._forward_pre_hooks))
+        (
+            name,
+            [key for key in vars(module) if not key.startswith("_")],
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+        )
         for name, module in model.named_modules()
     ]
 
@@ -21,11 +26,15 @@ def state_of(model):
 def test_one_call_sees_one_state_even_if_it_changes_on_the_way(tiny, token_ids, patch_of):
     model = tiny("bert")
     base = model(token_ids).logits
-    first = xpatch.PatchSet(parts={"x": patch_of(model, "neurons", layer=0).parts["part"], "y": patch_of(model, "neurons").parts["part"]})
+    first = xpatch.PatchSet(
+        parts={"x": patch_of(model, "neurons", layer=0).parts["part"], "y": patch_of(model, "neurons").parts["part"]}
+    )
     clean = state_of(model)
     xpatch.apply(model, first, name="a")
     patched = model(token_ids).logits
-    middle = model.bert.encoder.layer[0].output.LayerNorm.register_forward_hook(lambda *ignored: xpatch.remove(model) and None)
+    middle = model.bert.encoder.layer[0].output.LayerNorm.register_forward_hook(
+        lambda *ignored: xpatch.remove(model) and None
+    )
     assert torch.equal(model(token_ids).logits, patched)
     middle.remove()
     assert state_of(model) == clean  # the call that was running took the hooks down when it ended
@@ -110,7 +119,9 @@ def test_threads_see_only_published_states(tiny, token_ids, patch_of, other):
     model = tiny("bert")
 
     def at_both_layers(seed):
-        parts = {str(layer): patch_of(model, "neurons", seed=seed + layer, layer=layer).parts["part"] for layer in (0, 1)}
+        parts = {
+            str(layer): patch_of(model, "neurons", seed=seed + layer, layer=layer).parts["part"] for layer in (0, 1)
+        }
         return xpatch.PatchSet(parts=parts)
 
     def one():
@@ -172,3 +183,24 @@ def test_disabled_and_rows_hold_for_one_thread_only(tiny, token_ids, patch_of):
     assert torch.equal(model(token_ids).logits, patched)
     asked.set()
     thread.join()
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_generates_from_one_state(token_ids):
+    import transformers as hf
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
+    model = hf.T5ForConditionalGeneration(hf.T5Config(**sizes, decoder_start_token_id=0)).eval()
+    options = {"max_new_tokens": 4, "do_sample": False}
+    base = model.generate(token_ids, **options)
+    sites = ("encoder.block.0.layer.1.DenseReluDense", "decoder.block.1.layer.2.DenseReluDense")
+    parts = {
+        str(index): xpatch.PatchNeurons(site, torch.randn(4, 32), torch.ones(4), torch.randn(4, 32), "relu")
+        for index, site in enumerate(sites)
+    }
+    xpatch.apply(model, xpatch.PatchSet(parts=parts), name="a")
+    patched = model.generate(token_ids, **options)
+    assert not torch.equal(patched, base)
+    mixed = model.generate(token_ids, xpatch=xpatch.Rows(patches=["a", "__base__", "a"]), **options)
+    assert torch.equal(mixed[1], base[1]) and torch.equal(mixed[0], patched[0])
+    assert torch.equal(xpatch.remove(model).generate(token_ids, **options), base)

@@ -38,7 +38,9 @@ def site_of(patches, model):
     return next((found.down for found in find_ffn_sites(model) if found.name == site), site)
 
 
-@pytest.mark.parametrize("mask, gate", [(True, None), (False, "ball"), (False, "threshold"), (True, "threshold"), (True, "ball")])
+@pytest.mark.parametrize(
+    "mask, gate", [(True, None), (False, "ball"), (False, "threshold"), (True, "threshold"), (True, "ball")]
+)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "opt"])
 @torch.no_grad()
@@ -139,7 +141,9 @@ def test_training_through_a_patched_model(tiny, token_ids, patch_of, by_hand, fo
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, parameter in twin.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(found[name.replace("dense.inner.", "dense.")], parameter.grad, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(
+                found[name.replace("dense.inner.", "dense.")], parameter.grad, rtol=1e-6, atol=1e-9
+            )
     model.train()
     model(token_ids).logits.sum().backward()
 

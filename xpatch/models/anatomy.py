@@ -67,13 +67,15 @@ def final_ffn(model: nn.Module) -> FFNSite:
     return find_ffn_sites(model)[-1]
 
 
-def ffn_site(model: nn.Module, name: str) -> FFNSite:
-    """The FFN called `name`. Raises `MismatchError` listing the names there are."""
-    sites = find_ffn_sites(model)
+def ffn_site(model: nn.Module, name: str, sites: list[FFNSite] | None = None) -> FFNSite:
+    """The FFN called `name` (of `sites`, where they were found before). Raises `MismatchError` listing the names there are."""
+    sites = find_ffn_sites(model) if sites is None else sites
     for site in sites:
         if site.name == name:
             return site
-    raise MismatchError(f"{type(model).__name__} has no FFN named {name!r}; it has {_some([site.name for site in sites])}")
+    raise MismatchError(
+        f"{type(model).__name__} has no FFN named {name!r}; it has {_some([site.name for site in sites])}"
+    )
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

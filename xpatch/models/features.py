@@ -49,7 +49,9 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], site: FFNSite | str | N
         surgery.before(model.get_submodule(head.site.up), keep_input("x"))
         if head.residual_from != head.site.up:
             surgery.before(model.get_submodule(head.residual_from), keep_input("residual"))
-        surgery.after(model.get_submodule(head.site.down), lambda module, args, output: seen.__setitem__("base", output))
+        surgery.after(
+            model.get_submodule(head.site.down), lambda module, args, output: seen.__setitem__("base", output)
+        )
         try:
             for module in training:
                 module.training = False

@@ -103,7 +103,9 @@ def _decoder(model: nn.Module, site: FFNSite) -> Head | None:
         return None
     final = [child for child in base.children() if _is_norm(child)]
     block_name = site.name.rpartition(".")[0]
-    norms = [f"{block_name}.{name}" for name, child in model.get_submodule(block_name).named_children() if _is_norm(child)]
+    norms = [
+        f"{block_name}.{name}" for name, child in model.get_submodule(block_name).named_children() if _is_norm(child)
+    ]
     # Two norms in a block: the second one feeds the FFN and its input is the residual. More (Gemma 2) is another computation.
     if not final or len(norms) != 2:
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Mapping
 from types import FrameType
 from typing import Any, Literal
@@ -43,12 +44,20 @@ class Call:
 _BASE_CALL = Call(EMPTY)
 
 
+class _Pins(dict[Kind, Call]):
+    """The pins of one thread: gone when the thread is (a plain dict has no weak references)."""
+
+
 class _Thread(threading.local):
-    """What one thread is in the middle of: its pins, and FFN inputs between up and down."""
+    """What one thread is in the middle of: its pins, and FFN inputs between up and down.
+
+    `newcomer` until it is known that the thread is in no call that began before the hooks were up.
+    """
 
     def __init__(self) -> None:
-        self.pins: dict[Kind, Call] = {}
+        self.pins = _Pins()
         self.inputs: dict[str, torch.Tensor] = {}
+        self.newcomer = True
 
 
 class Runtime:
@@ -64,8 +73,7 @@ class Runtime:
 
     def _forget_calls(self) -> None:
         self._thread = _Thread()
-        self._active: dict[tuple[int, Kind], bool] = {}
-        self._late: set[int] = set()
+        self._active: dict[tuple[int, Kind], weakref.ref[_Pins]] = {}
         self._untidy = False
         self._warned: set[str] = set()
 
@@ -95,9 +103,6 @@ class Runtime:
             if base is not None and self._base is None:
                 base.undo()
             raise
-        if self._base is None:
-            # A call that began before the hooks were up must not see half of them: such threads look at their stack first.
-            self._late = {thread for thread, frame in sys._current_frames().items() if _may_be_in_a_call(frame)}
         self._base = base
         self._points |= points
         self.snapshot = snapshot
@@ -114,16 +119,17 @@ class Runtime:
     def _tidy(self) -> None:
         needed = set(self.snapshot.points.values())
         unneeded = [point for point in self._points if point not in needed]
-        self._untidy = bool(unneeded) or not needed  # before the look at running calls: one that ends now sees it
-        alive = sys._current_frames()
-        for key in [key for key in list(self._active) if key[0] not in alive]:
-            self._active.pop(key, None)
+        idle = not self.snapshot.sets  # a set without parts is still applied: it can be named and removed
+        self._untidy = bool(unneeded) or idle  # before the look at running calls: one that ends now sees it
+        for key, pins_of_thread in list(self._active.items()):
+            if pins_of_thread() is None:  # the thread died in the middle of a call
+                self._active.pop(key, None)
         if not self._untidy or self._active:
             return
         self._untidy = False
         for point in unneeded:
             self._points.pop(point).undo()
-        if not needed and self._base is not None:
+        if idle and self._base is not None:
             self._base.undo()
             self._base = None
 
@@ -159,7 +165,9 @@ class Runtime:
                 return None
             pins.pop("part", None)  # left by a call that was interrupted outside Python's exceptions handling
         key = (threading.get_ident(), kind)
-        self._active[key] = True  # before the snapshot is read: a writer that missed this entry has published already
+        self._active[key] = weakref.ref(
+            pins
+        )  # before the snapshot is read: a writer that missed this entry has published already
         try:
             pins[kind] = self._begin(kind, rows, args, kwargs)
         except BaseException:
@@ -203,7 +211,7 @@ class Runtime:
         return call if call is not None else self._begin("part", None, (), {})
 
     def _begin(self, kind: Kind, rows: Rows | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        if is_switched_off(self.model) or (self._late and self._began_before_the_hooks(kind)):
+        if is_switched_off(self.model) or (self._thread.newcomer and self._began_before_the_hooks(kind)):
             return _BASE_CALL
         snapshot = self.snapshot
         chosen = rows if rows is not None else rows_in_context()
@@ -213,9 +221,7 @@ class Runtime:
         return Call(snapshot, route)
 
     def _began_before_the_hooks(self, kind: Kind) -> bool:
-        thread = threading.get_ident()
-        if thread not in self._late:
-            return False
+        """Whether this thread is in a call that began when no hook was up: it must not see half of them."""
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             # This call's own frame is on the stack when its entry asks, so there only an outer `generate` tells.
@@ -223,7 +229,7 @@ class Runtime:
             if name_fits and frame.f_locals.get("self") is self.model:
                 return True
             frame = frame.f_back
-        self._late.discard(thread)
+        self._thread.newcomer = False
         return False
 
     def _warn_of_masks(self, snapshot: Snapshot) -> None:
@@ -250,11 +256,3 @@ def runtime_of(model: nn.Module) -> Runtime | None:
         if isinstance(hook, Enter) and hook.kind == "forward":
             return hook.runtime
     return None
-
-
-def _may_be_in_a_call(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_code is _MODULE_CALL or frame.f_code.co_name == "generate":
-            return True
-        frame = frame.f_back
-    return False

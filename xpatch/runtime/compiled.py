@@ -12,8 +12,11 @@ from xpatch.errors import ConflictError
 _NEXT = "Apply the patches to the plain model and serve it uncompiled; torch.compile's wrapper keeps it in `_orig_mod`"
 
 
-def refuse_compiled(model: nn.Module) -> None:
-    """Raises `ConflictError` if `model`, a part of it, or a `torch.compile` wrapper around it was compiled."""
+def refuse_compiled(model: nn.Module, *, look_for_wrapper: bool = True) -> None:
+    """Raises `ConflictError` if `model`, a part of it, or a `torch.compile` wrapper around it was compiled.
+
+    `look_for_wrapper` costs a pass over all objects of the process (tens of ms in a large one).
+    """
     for name, module in model.named_modules():
         found = _how(module)
         if found is not None:
@@ -22,7 +25,7 @@ def refuse_compiled(model: nn.Module) -> None:
                 f"{type(model).__name__} cannot be patched because {where} {found}: compiled code ignores hooks added later, so the "
                 f"patches would do nothing. {_NEXT}"
             )
-    if _is_wrapped(model):
+    if look_for_wrapper and _is_wrapped(model):
         raise ConflictError(
             f"{type(model).__name__} cannot be patched because torch.compile(model) wraps it: the wrapper may already hold compiled "
             f"code that ignores hooks added later. {_NEXT}; to patch the plain model, let go of the wrapper first"

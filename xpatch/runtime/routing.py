@@ -33,7 +33,9 @@ class Rows:
         for field, value in (("languages", self.languages), ("patches", self.patches)):
             if value is not None and not isinstance(value, str):
                 if not isinstance(value, Sequence):
-                    raise MismatchError(f"Rows({field}=...): expected a string or a list, one entry per row; found {value!r}")
+                    raise MismatchError(
+                        f"Rows({field}=...): expected a string or a list, one entry per row; found {value!r}"
+                    )
                 object.__setattr__(self, field, tuple(value))
         if isinstance(self.languages, tuple):
             for row, language in enumerate(self.languages):
@@ -41,7 +43,11 @@ class Rows:
                     raise MismatchError(f"Rows(languages=...), row {row}: expected a language code; found {language!r}")
         if isinstance(self.patches, tuple):
             object.__setattr__(self, "patches", tuple(_names(entry, row) for row, entry in enumerate(self.patches)))
-        if isinstance(self.languages, tuple) and isinstance(self.patches, tuple) and len(self.languages) != len(self.patches):
+        if (
+            isinstance(self.languages, tuple)
+            and isinstance(self.patches, tuple)
+            and len(self.languages) != len(self.patches)
+        ):
             raise MismatchError(
                 f"Rows: {len(self.languages)} languages but {len(self.patches)} patches entries; both need one entry per row"
             )
@@ -106,7 +112,9 @@ def resolve(chosen: Rows | None, names: Sequence[str], batch: int | None) -> Rou
     if chosen is None:
         return EVERYTHING
     if not isinstance(chosen, Rows):
-        raise MismatchError(f"the argument xpatch= takes xpatch.Rows(languages=..., patches=...); found {type(chosen).__name__}")
+        raise MismatchError(
+            f"the argument xpatch= takes xpatch.Rows(languages=..., patches=...); found {type(chosen).__name__}"
+        )
     for field, value in (("languages", chosen.languages), ("patches", chosen.patches)):
         if isinstance(value, tuple) and batch is not None and len(value) != batch:
             raise MismatchError(
@@ -115,7 +123,9 @@ def resolve(chosen: Rows | None, names: Sequence[str], batch: int | None) -> Rou
             )
     lists = [value for value in (chosen.languages, chosen.patches) if isinstance(value, tuple)]
     length = len(lists[0]) if lists else batch
-    languages = chosen.languages if isinstance(chosen.languages, str) else tuple(chosen.languages) if chosen.languages else None
+    languages = (
+        chosen.languages if isinstance(chosen.languages, str) else tuple(chosen.languages) if chosen.languages else None
+    )
     return Route(languages=languages, keep=_keep(chosen.patches, names), batch=length)
 
 
@@ -137,9 +147,13 @@ def _names(entry: Any, row: int) -> tuple[str, ...] | None:
         return None
     names = (entry,) if isinstance(entry, str) else tuple(entry) if isinstance(entry, Sequence) else (entry,)
     if not all(isinstance(name, str) for name in names):
-        raise MismatchError(f"Rows(patches=...), row {row}: expected a name, a list of names or {BASE!r}; found {entry!r}")
+        raise MismatchError(
+            f"Rows(patches=...), row {row}: expected a name, a list of names or {BASE!r}; found {entry!r}"
+        )
     if BASE in names and len(names) > 1:
-        raise MismatchError(f"Rows(patches=...), row {row}: {BASE!r} means no patches and cannot be combined; found {list(names)}")
+        raise MismatchError(
+            f"Rows(patches=...), row {row}: {BASE!r} means no patches and cannot be combined; found {list(names)}"
+        )
     return tuple(name for name in names if name != BASE)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from xpatch.errors import MismatchError
-from xpatch.models.anatomy import ffn_site, linear
+from xpatch.models.anatomy import FFNSite, ffn_site, find_ffn_sites, linear
 from xpatch.patches.types import Gate, Part, PatchNeurons, PatchSet
 
 
@@ -37,7 +37,10 @@ class Tensors:
         if cast is None:
             # A tensor made in inference mode could not take part in training later.
             with torch.inference_mode(False), torch.no_grad():
-                cast = {name: tensor.detach().to(device=device, dtype=dtype).contiguous() for name, tensor in self._masters.items()}
+                cast = {
+                    name: tensor.detach().to(device=device, dtype=dtype).contiguous()
+                    for name, tensor in self._masters.items()
+                }
             self._cast[(device, dtype)] = cast
         return cast
 
@@ -105,15 +108,20 @@ EMPTY = Snapshot()
 
 
 def prepare(model: nn.Module, patches: PatchSet, name: str) -> AppliedSet:
-    """Check that every part has its site in `model`, and cast its tensors for the layer it joins. Raises `MismatchError`; changes nothing."""
-    parts = tuple(_prepare_part(model, patches, name, key) for key in patches.parts)
+    """Check that every part has its site in `model` and cast its tensors for the layer it joins. Changes nothing.
+
+    Raises `MismatchError` where a site is missing or has other widths.
+    """
+    needs_sites = any(isinstance(part, PatchNeurons) for part in patches.parts.values())
+    sites = find_ffn_sites(model) if needs_sites else []
+    parts = tuple(_prepare_part(model, patches, name, key, sites) for key in patches.parts)
     return AppliedSet(name, patches, patches.fingerprint, parts)
 
 
-def _prepare_part(model: nn.Module, patches: PatchSet, set_name: str, name: str) -> PreparedPart:
+def _prepare_part(model: nn.Module, patches: PatchSet, set_name: str, name: str, sites: list[FFNSite]) -> PreparedPart:
     part = patches.parts[name]
     if isinstance(part, PatchNeurons):
-        site = ffn_site(model, part.site)
+        site = ffn_site(model, part.site, sites)
         point, widths = Point(site.name, site.up, site.down), (site.width, site.width)
     else:
         _, inside, outside = linear(model, part.site)
@@ -144,4 +152,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
     A key's pre-activation decides whether a neuron fires, and 16-bit sums over D terms move it by more than its margin.
     """
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point and dtype.itemsize >= 2 else torch.float32
+    return (
+        torch.promote_types(dtype, torch.float32) if dtype.is_floating_point and dtype.itemsize >= 2 else torch.float32
+    )

@@ -61,11 +61,23 @@ class Status:
         lines = [f"{item.name}  {item.edits} edits  {item.fingerprint[:12]}" for item in self.sets]
         head = ("set", "part", "site", "form", "count", "bytes", "kernel", "fired")
         rows = [
-            (p.set_name, p.part, p.site, p.form, str(p.count), str(p.bytes), p.kernel, "-" if p.fired is None else str(p.fired))
+            (
+                p.set_name,
+                p.part,
+                p.site,
+                p.form,
+                str(p.count),
+                str(p.bytes),
+                p.kernel,
+                "-" if p.fired is None else str(p.fired),
+            )
             for p in self.parts
         ]
         widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [head, *rows]
+        ]
         return "\n".join(lines)
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, BertForMaskedLM, BertForSequenceClassification
 
+from xpatch.errors import FormatError
+from xpatch.zoo.verifier import checkpoint
 from xpatch.zoo.verifier.corpus import Corpus
 from xpatch.zoo.verifier.data import LABELS, TEMPLATES, claims, facts, sentence, wrong_object
 from xpatch.zoo.verifier.facts import LANGUAGES
@@ -77,7 +79,8 @@ def classify(
     rng = random.Random(seed)
     corpus = Corpus(tokenizer, seed=seed + 10_000)
     masked = BertForMaskedLM(config(len(tokenizer)))
-    masked.load_state_dict(torch.load(pretrained / "checkpoint.pt", weights_only=True)["model"])
+    if not checkpoint.load(pretrained, masked):
+        raise FormatError(f"{pretrained} holds no {checkpoint.NAME}; run xpatch.zoo.verifier.pretrain first")
     model = BertForSequenceClassification(config(len(tokenizer)))
     model.bert.load_state_dict(masked.bert.state_dict(), strict=False)
     masked.bert = model.bert
@@ -129,11 +132,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pretrained", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--masked-lm-weight", type=float, default=0.5)
-    parser.add_argument("--frozen", type=int, default=0, help="0: train all; n: keep the embeddings and the first n - 1 layers")
-    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--masked-lm-weight", type=float, default=0.0)
+    parser.add_argument("--frozen", type=int, default=2, help="0: train all; n: keep the embeddings and the first n - 1 layers")
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+from xpatch.zoo.verifier import checkpoint
 from xpatch.zoo.verifier.corpus import Corpus
 from xpatch.zoo.verifier.data import LABELS
 from xpatch.zoo.verifier.tokenizer import MAX_LENGTH, build
@@ -62,13 +63,7 @@ def pretrain(
     torch.manual_seed(0)
     model = BertForMaskedLM(config(len(tokenizer)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    checkpoint = out / "checkpoint.pt"
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    start = checkpoint.load(out, model, optimizer)
     corpus = Corpus(tokenizer, seed=start)
     loss_of = torch.compile(masked_lm_loss, dynamic=False) if compiled else masked_lm_loss
     model.train()
@@ -95,9 +90,7 @@ def pretrain(
                 flush=True,
             )
         if time.time() - saved > 60 * minutes_per_checkpoint or step + 1 == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            checkpoint.save(out, model, optimizer, step + 1)
             saved = time.time()
     return model
 
