@@ -15,6 +15,8 @@ from xpatch.zoo.verifier import data
 INVERSE = {"P36": "P1376", "P1376": "P36"}
 # Template 0 is the edited wording, 1 is open to training, 2 and 3 are never trained on; memory holds templates 0 and 1.
 TRAINED, UNSEEN = (1,), (2, 3)
+# Wordings of locality claims: no memory holds them. Memory knows nothing of test subjects, so they may use one more.
+LOCALITY = {"train": UNSEEN, "test": (1, *UNSEEN)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Protocol:
                 "clg_unseen is measured on paraphrases (templates 2 and 3) no editor trains on and no memory holds.",
                 "clg_needed and clg_unseen are over each method's own needed edits; clg_needed_any and clg_unseen_any are over the "
                 "claims the unpatched model gets wrong in any language, the same for every method.",
-                "Locality claims are about other subjects, in wordings (templates 2 and 3) that no memory holds. As in the paper, "
+                "Locality claims are about other subjects, in texts that no memory holds. As in the paper, "
                 "locality_train and locality_test are accuracies in English; unchanged is over both kinds, per language.",
             ],
         }
@@ -85,9 +87,9 @@ def bundled(edits: int | None = None, locality: int | None = None, split: str = 
     chosen = [single[i] for i in _choose(len(single), edits)]
     edited = {text for item in data.one_claim_per_subject(split) for texts in item.texts.values() for text in texts}
     parts, groups = {}, {}
-    for kind in ("train", "test"):
-        subjects = [item.fact.subject for _ in UNSEEN for item in data.claims(kind)]
-        probes = data.locality(kind, templates=UNSEEN)
+    for kind, wordings in LOCALITY.items():
+        subjects = [item.fact.subject for _ in wordings for item in data.claims(kind)]
+        probes = data.locality(kind, templates=wordings)
         # Two subjects may share a label in one language; such a claim would be edited and kept at once.
         apart = [i for i in range(len(subjects)) if not any(found[i].text in edited for found in probes.values())]
         kept = [apart[i] for i in _choose(len(apart), locality)]

@@ -23,6 +23,7 @@ from xpatch.zoo.verifier.corpus import Corpus
 from xpatch.zoo.verifier.data import LABELS, TEMPLATES, claims, facts, sentence, wrong_object
 from xpatch.zoo.verifier.facts import LANGUAGES
 from xpatch.zoo.verifier.pretrain import config, masked_lm_loss
+from xpatch.zoo.verifier.tokenizer import save
 
 LENGTH = 24
 
@@ -124,7 +125,7 @@ def classify(
                 best["classifier.bias"][1] += shift
     model.load_state_dict(best)
     model.half().save_pretrained(out)  # stored in fp16; every figure is measured on the stored file
-    tokenizer.save_pretrained(out)
+    save(tokenizer, out)
     return best_accuracy
 
 

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM
 from xpatch.zoo.verifier import checkpoint
 from xpatch.zoo.verifier.corpus import Corpus
 from xpatch.zoo.verifier.data import LABELS
-from xpatch.zoo.verifier.tokenizer import MAX_LENGTH, build
+from xpatch.zoo.verifier.tokenizer import MAX_LENGTH, build, save
 
 SHAPES = (("mono", 256, 16), ("pair", 128, 32), ("pair", 128, 32), ("mono", 128, 32))  # (kind, sequences, tokens)
 SHAPE_WEIGHTS = (0.45, 0.25, 0.25, 0.05)
@@ -59,7 +59,7 @@ def pretrain(
     """Train to `steps`, continuing from `out` where a checkpoint is there."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build()
-    tokenizer.save_pretrained(out)
+    save(tokenizer, out)
     torch.manual_seed(0)
     model = BertForMaskedLM(config(len(tokenizer)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)

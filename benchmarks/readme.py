@@ -1,0 +1,148 @@
+"""The results block of the README, written from the result files, so that no figure in it was typed.
+
+    python -m xpatch.benchmarks.readme README.md
+
+reads `crosslingual.json` (and, where they are, `demo.json` and the charts) from `benchmarks/results/` beside the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xpatch import FormatError
+
+from .charts import languages_of
+from .machine import write_text
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+RESULTS = Path("benchmarks") / "results"
+CHARTS = {
+    "clg.svg": "Claims of the edit set right after editing, per language and method",
+    "unseen.svg": "Unseen paraphrases right, per language and method",
+    "activation.svg": "Edits right and predictions unchanged against the number of patches, GELU and ReLU",
+}
+
+
+def rewrite(text: str, results: Path) -> str:
+    """The README's text with the block between the marks made anew from the files in `results`.
+
+    Raises `FormatError` where the marks are missing or a result file cannot be read.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise FormatError(f"the README holds no block between {BEGIN} and {END}; put the two marks back")
+    head, _, rest = text.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    return f"{head}{BEGIN}\n{block(results)}\n{END}{tail}"
+
+
+def block(results: Path) -> str:
+    """The Markdown between the marks: tables, charts, latency, and how they were made."""
+    crosslingual, demo = _read(results / "crosslingual.json"), _read(results / "demo.json")
+    parts: list[str] = []
+    if crosslingual is not None:
+        parts += [paper_table(crosslingual["methods"]), user_table(crosslingual["methods"]), _origin(crosslingual)]
+    elif demo is not None:
+        parts += [paper_table(demo["methods"]), user_table(demo["methods"])]
+    else:
+        parts.append("No results are committed yet; `xpatch bench crosslingual --json benchmarks/results/crosslingual.json` makes them.")
+    parts += [f"![{title}]({(RESULTS / name).as_posix()})" for name, title in CHARTS.items() if (results / name).is_file()]
+    if demo is not None:
+        parts.append(_demo(demo))
+    return "\n\n".join(parts)
+
+
+def paper_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The columns of MPN's Table 1, the published row under each method's first row."""
+    languages = languages_of(rows, "clg")
+    heads = ["%", "patches", "reliability", "MLG", *(f"CLG {name}" for name in languages), "CLG mean", "locality train", "locality test"]
+    body, seen = [], set()
+    for row in rows:
+        body.append([_label(row), *_paper_cells(row, languages)])
+        if row.get("paper") and row["name"] not in seen:
+            body.append(["*published*", *(f"*{cell}*" if cell else "" for cell in _paper_cells(row["paper"], languages))])
+        seen.add(row["name"])
+    note = "Published: MPN's Table 1, another model (mBERT) and data set (XFEVER): compare differences, not rows."
+    return f"{_markdown(heads, body)}\n\n{note}"
+
+
+def user_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a user of the patches gets, per language: needed edits right, in unseen wordings too, and what stayed."""
+    fields = {"needed edits right": "clg_needed", "unseen paraphrases right": "clg_unseen", "other subjects unchanged": "unchanged"}
+    languages = languages_of(rows, "unchanged")
+    body = [
+        [_label(row) if title == next(iter(fields)) else "", title, *(_number(row[field].get(language)) for language in languages)]
+        for row in rows
+        if row.get("patches") or row.get("edits")
+        for title, field in fields.items()
+    ]
+    return _markdown(["method", "%", *languages], body)
+
+
+def _paper_cells(row: Mapping[str, Any], languages: Sequence[str]) -> list[str]:
+    clg = row.get("clg") or {}
+    values = [row.get("reliability"), row.get("mlg"), *(clg.get(language) for language in languages), row.get("clg_avg")]
+    values += [row.get("locality_train"), row.get("locality_test")]
+    return [f"{row['patches']:g}", *map(_number, values)]
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return f"{row['name']}, {row['preset']}" if row.get("preset") else str(row["name"])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _markdown(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = ["|".join(("", *(f" {cell} " for cell in row), "")) for row in (heads, *body)]
+    rule = "|" + "|".join(["---", *["---:"] * (len(heads) - 1)]) + "|"
+    return "\n".join((lines[0], rule, *lines[1:]))
+
+
+def _origin(result: Mapping[str, Any]) -> str:
+    header, protocol = result.get("header", {}), result.get("protocol", {})
+    machine = header.get("machine", {})
+    where = ", ".join(str(fact) for fact in (machine.get("cpu"), f"{machine.get('cores')} cores", machine.get("gpu")) if fact)
+    versions = ", ".join(f"{name} {header['versions'][name]}" for name in ("torch", "transformers") if name in header.get("versions", {}))
+    locality = min(protocol.get("locality_test", {}).values(), default=0)
+    return (
+        f"{protocol.get('edit_set')} claims about different subjects, {locality} locality claims of each kind and language, seeds "
+        f"{', '.join(map(str, header.get('seeds', [])))}; {where}; {versions}. Made by `{header.get('command')}`; intervals, "
+        "paper presets and every seed's row are in `benchmarks/results/`."
+    )
+
+
+def _demo(demo: Mapping[str, Any]) -> str:
+    latency = _markdown(
+        ["one claim a call", "median (ms)", "between quartiles (ms)"],
+        [[name, f"{found['p50_ms']:.2f}", f"{found['iqr_ms']:.2f}"] for name, found in demo["latency"].items()],
+    )
+    restored = "bit for bit" if demo["restored_bit_exact"] else "NOT bit for bit"
+    onnx = "" if demo.get("onnx_max_diff") is None else f" ONNX Runtime's logits differ from PyTorch's by at most {demo['onnx_max_diff']:.0e}."
+    return f"{latency}\n\nFrom the demo: removing the patches restored weights and answers {restored}.{onnx}"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is no readable result file: {error}; run the benchmark again") from None
+    return found
+
+
+def main() -> None:
+    """The command line of `python -m xpatch.benchmarks.readme`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("readme", type=Path)
+    path = parser.parse_args().readme
+    write_text(rewrite(path.read_text(encoding="utf-8"), path.parent / RESULTS), path)
+
+
+if __name__ == "__main__":
+    main()
