@@ -48,8 +48,12 @@ def block(results: Path) -> str:
     elif demo is not None:
         parts += [paper_table(demo["methods"]), user_table(demo["methods"])]
     else:
-        parts.append("No results are committed yet; `xpatch bench crosslingual --json benchmarks/results/crosslingual.json` makes them.")
-    parts += [f"![{title}]({(RESULTS / name).as_posix()})" for name, title in CHARTS.items() if (results / name).is_file()]
+        parts.append(
+            "No results are committed yet; `xpatch bench crosslingual --json benchmarks/results/crosslingual.json` makes them."
+        )
+    parts += [
+        f"![{title}]({(RESULTS / name).as_posix()})" for name, title in CHARTS.items() if (results / name).is_file()
+    ]
     if demo is not None:
         parts.append(_demo(demo))
     return "\n\n".join(parts)
@@ -58,12 +62,23 @@ def block(results: Path) -> str:
 def paper_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The columns of MPN's Table 1, the published row under each method's first row."""
     languages = languages_of(rows, "clg")
-    heads = ["%", "patches", "reliability", "MLG", *(f"CLG {name}" for name in languages), "CLG mean", "locality train", "locality test"]
+    heads = [
+        "%",
+        "patches",
+        "reliability",
+        "MLG",
+        *(f"CLG {name}" for name in languages),
+        "CLG mean",
+        "locality train",
+        "locality test",
+    ]
     body, seen = [], set()
     for row in rows:
         body.append([_label(row), *_paper_cells(row, languages)])
         if row.get("paper") and row["name"] not in seen:
-            body.append(["*published*", *(f"*{cell}*" if cell else "" for cell in _paper_cells(row["paper"], languages))])
+            body.append(
+                ["*published*", *(f"*{cell}*" if cell else "" for cell in _paper_cells(row["paper"], languages))]
+            )
         seen.add(row["name"])
     note = "Published: MPN's Table 1, another model (mBERT) and data set (XFEVER): compare differences, not rows."
     return f"{_markdown(heads, body)}\n\n{note}"
@@ -71,10 +86,18 @@ def paper_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def user_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """What a user of the patches gets, per language: needed edits right, in unseen wordings too, and what stayed."""
-    fields = {"needed edits right": "clg_needed", "unseen paraphrases right": "clg_unseen", "other subjects unchanged": "unchanged"}
+    fields = {
+        "needed edits right": "clg_needed",
+        "unseen paraphrases right": "clg_unseen",
+        "other subjects unchanged": "unchanged",
+    }
     languages = languages_of(rows, "unchanged")
     body = [
-        [_label(row) if title == next(iter(fields)) else "", title, *(_number(row[field].get(language)) for language in languages)]
+        [
+            _label(row) if title == next(iter(fields)) else "",
+            title,
+            *(_number(row[field].get(language)) for language in languages),
+        ]
         for row in rows
         if row.get("patches") or row.get("edits")
         for title, field in fields.items()
@@ -84,7 +107,12 @@ def user_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _paper_cells(row: Mapping[str, Any], languages: Sequence[str]) -> list[str]:
     clg = row.get("clg") or {}
-    values = [row.get("reliability"), row.get("mlg"), *(clg.get(language) for language in languages), row.get("clg_avg")]
+    values = [
+        row.get("reliability"),
+        row.get("mlg"),
+        *(clg.get(language) for language in languages),
+        row.get("clg_avg"),
+    ]
     values += [row.get("locality_train"), row.get("locality_test")]
     return [f"{row['patches']:g}", *map(_number, values)]
 
@@ -106,8 +134,12 @@ def _markdown(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 def _origin(result: Mapping[str, Any]) -> str:
     header, protocol = result.get("header", {}), result.get("protocol", {})
     machine = header.get("machine", {})
-    where = ", ".join(str(fact) for fact in (machine.get("cpu"), f"{machine.get('cores')} cores", machine.get("gpu")) if fact)
-    versions = ", ".join(f"{name} {header['versions'][name]}" for name in ("torch", "transformers") if name in header.get("versions", {}))
+    where = ", ".join(
+        str(fact) for fact in (machine.get("cpu"), f"{machine.get('cores')} cores", machine.get("gpu")) if fact
+    )
+    versions = ", ".join(
+        f"{name} {header['versions'][name]}" for name in ("torch", "transformers") if name in header.get("versions", {})
+    )
     locality = min(protocol.get("locality_test", {}).values(), default=0)
     return (
         f"{protocol.get('edit_set')} claims about different subjects, {locality} locality claims of each kind and language, seeds "
@@ -122,7 +154,11 @@ def _demo(demo: Mapping[str, Any]) -> str:
         [[name, f"{found['p50_ms']:.2f}", f"{found['iqr_ms']:.2f}"] for name, found in demo["latency"].items()],
     )
     restored = "bit for bit" if demo["restored_bit_exact"] else "NOT bit for bit"
-    onnx = "" if demo.get("onnx_max_diff") is None else f" ONNX Runtime's logits differ from PyTorch's by at most {demo['onnx_max_diff']:.0e}."
+    onnx = (
+        ""
+        if demo.get("onnx_max_diff") is None
+        else f" ONNX Runtime's logits differ from PyTorch's by at most {demo['onnx_max_diff']:.0e}."
+    )
     return f"{latency}\n\nFrom the demo: removing the patches restored weights and answers {restored}.{onnx}"
 
 

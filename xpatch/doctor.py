@@ -49,8 +49,6 @@ def diagnose() -> dict[str, Any]:
 
 def _python() -> Check:
     found = f"{platform.python_implementation()} {platform.python_version()}, {platform.system()} {platform.machine()}"
-    if sys.version_info < (3, 10):
-        return Check("python", "problem", found, "xpatch needs Python 3.10 or newer")
     return Check("python", "ok", found)
 
 
@@ -62,7 +60,11 @@ def _packages() -> list[Check]:
         floor = FLOORS.get(name)
         if version is None and extra is None:
             state: State = "problem"
-            hint = f"pip install {name}" if name != "xpatch" else "the package is not installed; pip install -e . in its folder"
+            hint = (
+                f"pip install {name}"
+                if name != "xpatch"
+                else "the package is not installed; pip install -e . in its folder"
+            )
             checks.append(Check(name, state, "not installed", hint))
         elif version is None:
             checks.append(Check(name, "optional", "not installed", f'pip install "xpatch[{extra}]"'))
@@ -131,7 +133,9 @@ def _cpu() -> dict[str, Any]:
 
 
 def _threads() -> dict[str, Any]:
-    found: dict[str, Any] = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ}
+    found: dict[str, Any] = {
+        name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
+    }
     try:
         import torch
 

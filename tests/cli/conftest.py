@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,9 @@ def make_tokenizer(family: str) -> Any:
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     core.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A {last}", pair=f"{first} $A {last} $B {last}", special_tokens=[(name, ids[name]) for name in (first, last)]
+        single=f"{first} $A {last}",
+        pair=f"{first} $A {last} $B {last}",
+        special_tokens=[(name, ids[name]) for name in (first, last)],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, cls_token=first, sep_token=last, pad_token=pad, unk_token=unknown,
@@ -104,6 +107,12 @@ def save_model(folder: Path, family: str, seed: int = 0) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tiny tensors: a second thread only waits."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def requests_file(tmp_path: Path) -> Path:
     return write_requests(tmp_path / "fixes.jsonl")
@@ -111,10 +120,34 @@ def requests_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def memory_file(tmp_path: Path) -> Path:
+    return write_memory(tmp_path / "memory.jsonl")
+
+
+@pytest.fixture(scope="session")
+def trained(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A patch folder of two edits on `model_folder`, trained once by the command line."""
+    from xpatch.cli import main
+
+    place = tmp_path_factory.mktemp("trained")
+    requests, memory = write_requests(place / "fixes.jsonl"), write_memory(place / "memory.jsonl")
+    words = ("edit", "--model", model_folder, "--requests", requests, "--memory", memory, "--out", place / "fixes")
+    torch.set_num_threads(1)
+    assert main([str(word) for word in words]) == 0
+    return place / "fixes"
+
+
+@pytest.fixture
+def patch_folder(trained: Path, tmp_path: Path) -> Path:
+    """A copy of `trained`, to be damaged or replaced."""
+    return shutil.copytree(trained, tmp_path / "patch")
+
+
+def write_memory(path: Path) -> Path:
     """Texts to keep, in the tiny model's few words: quicker than the bundled memory."""
     texts = {"en": "germany is the capital", "de": "deutschland ist die hauptstadt", "fr": "la capitale est berlin"}
-    path = tmp_path / "memory.jsonl"
-    path.write_text("".join(json.dumps({"language": code, "text": text}) + "\n" for code, text in texts.items()), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"language": code, "text": text}) + "\n" for code, text in texts.items()), encoding="utf-8"
+    )
     return path
 
 

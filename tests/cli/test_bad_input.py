@@ -163,21 +163,19 @@ def test_unknown_option_and_command(run: Callable[..., Any]) -> None:
     refuse(run("edit"), "--model")
 
 
-@pytest.fixture
-def patch_folder(run: Callable[..., Any], model_folder: Path, requests_file: Path, memory_file: Path, tmp_path: Path) -> Path:
-    out = tmp_path / "patch"
-    result = run("edit", "--model", model_folder, "--requests", requests_file, "--memory", memory_file, "--out", out)
-    assert result.code == 0, result.err
-    return out
-
-
 def test_patch_folder_is_not_replaced_unasked(edit: Callable[..., Any], patch_folder: Path) -> None:
     refuse(edit(out=patch_folder), "already holds", "--overwrite")
 
 
-def test_patch_for_another_base(run: Callable[..., Any], patch_folder: Path, other_folder: Path, requests_file: Path) -> None:
+def test_patch_for_another_base(
+    run: Callable[..., Any], patch_folder: Path, other_folder: Path, requests_file: Path
+) -> None:
     refuse(run("inspect", patch_folder, "--model", other_folder), "expected", "found")
-    refuse(run("evaluate", "--model", other_folder, "--cases", requests_file, "--patches", patch_folder), "expected", "found")
+    refuse(
+        run("evaluate", "--model", other_folder, "--cases", requests_file, "--patches", patch_folder),
+        "expected",
+        "found",
+    )
 
 
 def test_truncated_tensors(run: Callable[..., Any], patch_folder: Path) -> None:

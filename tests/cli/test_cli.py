@@ -59,30 +59,50 @@ def test_edit_any_classifier(
     assert json.loads(result.out)["metrics"]["reliability"]["value"] == 1.0
 
 
-@pytest.fixture
-def patch_folder(run: Callable[..., Any], model_folder: Path, requests_file: Path, memory_file: Path, tmp_path: Path) -> Path:
-    out = tmp_path / "fixes"
-    words = ("--model", model_folder, "--requests", requests_file, "--memory", memory_file, "--out", out)
-    result = run("edit", *words)
-    assert result.code == 0, result.err
-    assert result.err == "", "quiet when nobody watches"
-    assert str(out) in result.out
-    return out
-
-
-def test_edit_is_repeatable(
-    run: Callable[..., Any], model_folder: Path, requests_file: Path, memory_file: Path, patch_folder: Path, tmp_path: Path
+def test_edit_is_quiet_and_repeatable(
+    run: Callable[..., Any],
+    model_folder: Path,
+    requests_file: Path,
+    memory_file: Path,
+    patch_folder: Path,
+    tmp_path: Path,
 ) -> None:
-    """The same seed writes the same tensors; --overwrite replaces a set."""
+    """The same seed writes the same tensors; --overwrite replaces a set; nothing but the result line is printed to a pipe."""
     tensors = (patch_folder / "patch_model.safetensors").read_bytes()
-    words = ("edit", "--model", model_folder, "--requests", requests_file, "--memory", memory_file, "--out", patch_folder)
-    assert run(*words, "--overwrite").code == 0
+    words = (
+        "edit",
+        "--model",
+        model_folder,
+        "--requests",
+        requests_file,
+        "--memory",
+        memory_file,
+        "--out",
+        patch_folder,
+    )
+    result = run(*words, "--overwrite")
+    assert result.code == 0, result.err
+    assert result.err == ""
+    assert str(patch_folder) in result.out
     assert (patch_folder / "patch_model.safetensors").read_bytes() == tensors
 
 
-def test_edit_languages(run: Callable[..., Any], model_folder: Path, requests_file: Path, memory_file: Path, tmp_path: Path) -> None:
+def test_edit_languages(
+    run: Callable[..., Any], model_folder: Path, requests_file: Path, memory_file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "fixes"
-    words = ("--model", model_folder, "--requests", requests_file, "--memory", memory_file, "--out", out, "--languages", "en,de")
+    words = (
+        "--model",
+        model_folder,
+        "--requests",
+        requests_file,
+        "--memory",
+        memory_file,
+        "--out",
+        out,
+        "--languages",
+        "en,de",
+    )
     assert run("edit", *words).code == 0
     assert "2 edits" in run("inspect", out).out
 
@@ -90,7 +110,14 @@ def test_edit_languages(run: Callable[..., Any], model_folder: Path, requests_fi
 def test_inspect(run: Callable[..., Any], model_folder: Path, patch_folder: Path) -> None:
     result = run("inspect", patch_folder, "--model", model_folder)
     assert result.code == 0, result.err
-    for word in ("2 edits", "bert.encoder.layer.1", "keys", "BertForSequenceClassification", "REFUTES", "fits this model"):
+    for word in (
+        "2 edits",
+        "bert.encoder.layer.1",
+        "keys",
+        "BertForSequenceClassification",
+        "REFUTES",
+        "fits this model",
+    ):
         assert word in result.out
     found = json.loads(run("inspect", patch_folder, "--model", model_folder, "--json").out)
     assert found["fits"] is True
@@ -107,7 +134,12 @@ def test_inspect_model_alone(run: Callable[..., Any], any_model_folder: Path) ->
 
 
 def test_evaluate_table_and_report(
-    run: Callable[..., Any], model_folder: Path, patch_folder: Path, requests_file: Path, memory_file: Path, tmp_path: Path
+    run: Callable[..., Any],
+    model_folder: Path,
+    patch_folder: Path,
+    requests_file: Path,
+    memory_file: Path,
+    tmp_path: Path,
 ) -> None:
     words = ("--model", model_folder, "--cases", requests_file, "--patches", patch_folder, "--locality", memory_file)
     result = run("evaluate", *words, "--out", tmp_path / "report.json")

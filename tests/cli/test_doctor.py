@@ -23,7 +23,16 @@ def test_json(run: Callable[..., Any]) -> None:
     assert result.code == 0
     assert found["ok"] is True
     names = {check["name"] for check in found["checks"]}
-    assert {"python", "xpatch", "torch", "transformers", "onnxruntime", "native build", "CUDA", "bundled verifier"} <= names
+    assert {
+        "python",
+        "xpatch",
+        "torch",
+        "transformers",
+        "onnxruntime",
+        "native build",
+        "CUDA",
+        "bundled verifier",
+    } <= names
     assert found["native"]["isa"] == "avx2"
     assert found["threads"]["torch"] >= 1
     assert found["cpu"]["cores"] >= 1

@@ -26,7 +26,9 @@ def tokenizer_of(kind: str) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = sorted({word for pair in FRAMES.values() for frame in pair for word in frame.split() if word != "{}"})
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words, *NAMES, *CITIES])}
+    vocabulary = {
+        word: index for index, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words, *NAMES, *CITIES])
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if kind != "gpt2":
@@ -34,15 +36,32 @@ def tokenizer_of(kind: str) -> Any:
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
         )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]", model_max_length=24
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        model_max_length=24,
     )
 
 
 def model_of(kind: str, labels: int = 3) -> Any:
     """A random classifier whose rows differ enough from text to text to be told apart."""
     names = {name: index for name, index in LABELS.items() if index < labels}
-    common = {"num_labels": labels, "label2id": names, "id2label": {i: n for n, i in names.items()}, "pad_token_id": 0, "vocab_size": 80}
-    wide = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "initializer_range": 0.3}
+    common = {
+        "num_labels": labels,
+        "label2id": names,
+        "id2label": {i: n for n, i in names.items()},
+        "pad_token_id": 0,
+        "vocab_size": 80,
+    }
+    wide = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "initializer_range": 0.3,
+    }
     torch.manual_seed(0)
     if kind == "bert":
         config = transformers.BertConfig(max_position_embeddings=32, **wide, **common)
@@ -52,6 +71,12 @@ def model_of(kind: str, labels: int = 3) -> Any:
         return transformers.XLMRobertaForSequenceClassification(config).eval()
     config = transformers.GPT2Config(n_positions=32, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, **common)
     return transformers.GPT2ForSequenceClassification(config).eval()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Threads of tiny problems spend their time waiting for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", params=["bert", "xlmr", "gpt2"])
@@ -77,7 +102,7 @@ def ask(model: Any, tokenizer: Any, texts: list[str], pairs: list[str] | None = 
         return model(**batch).logits.argmax(-1).tolist()
 
 
-def make_requests(model: Any, tokenizer: Any, count: int = 6, pair: bool = False) -> list[EditRequest]:
+def make_requests(model: Any, tokenizer: Any, count: int = 4, pair: bool = False) -> list[EditRequest]:
     """Requests for an answer the model does not give to the English text."""
     made = []
     names = {index: name for name, index in model.config.label2id.items()}
@@ -106,10 +131,15 @@ def memory(pair: bool = False) -> dict[str, list[Any]]:
     return {
         language: [
             {"text": sentence(language, 0, number), "text_pair": sentence(language, 1, number + 5) if pair else None}
-            for number in range(12, 24)
+            for number in range(20, 24)
         ]
         for language in FRAMES
     }
 
 
-QUICK = {"mpn": {"steps": 80}, "mpn-only": {"steps": 80}, "t-patcher": {"steps": 80}, "ft": {"learning_rate": 1e-3, "steps": 100}}
+QUICK = {
+    "mpn": {"steps": 200},
+    "mpn-only": {"steps": 200},
+    "t-patcher": {"steps": 200},
+    "ft": {"learning_rate": 1e-3, "steps": 100},
+}

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.editors.conftest import FRAMES, QUICK, ask, make_requests, memory, model_of, tokenizer_of
 
+from tests.editors.conftest import FRAMES, QUICK, ask, make_requests, memory, model_of, tokenizer_of
 from xpatch.editors import edit, methods
 from xpatch.errors import ConflictError, FormatError, MismatchError
 from xpatch.models.anatomy import final_ffn
@@ -19,10 +19,14 @@ METHODS = ("ft", "t-patcher", "mpn-only", "mpn")
 
 
 def train(model: Any, tokenizer: Any, requests: Any, method: str = "mpn", **options: Any) -> PatchSet:
-    return edit(model, tokenizer, requests, method, **{"memory": memory(), "progress": False, **QUICK[method], **options})
+    return edit(
+        model, tokenizer, requests, method, **{"memory": memory(), "progress": False, **QUICK[method], **options}
+    )
 
 
-def answers(model: Any, tokenizer: Any, patches: PatchSet, texts: list[str], pairs: list[str] | None = None) -> list[int]:
+def answers(
+    model: Any, tokenizer: Any, patches: PatchSet, texts: list[str], pairs: list[str] | None = None
+) -> list[int]:
     """The patched model's answers, by plain forward hooks written here."""
     handles = []
     site = final_ffn(model)
@@ -31,7 +35,9 @@ def answers(model: Any, tokenizer: Any, patches: PatchSet, texts: list[str], pai
             act = {"relu": torch.relu, "gelu": torch.nn.functional.gelu,
                    "gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh")}[part.activation]  # fmt: skip
             seen: list[torch.Tensor] = []
-            handles.append(model.get_submodule(site.up).register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0])))
+            handles.append(
+                model.get_submodule(site.up).register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0]))
+            )
             handles.append(
                 model.get_submodule(site.down).register_forward_hook(
                     lambda m, a, y, p=part, act=act, seen=seen: y + act(seen.pop() @ p.keys.T + p.bias) @ p.values
@@ -97,13 +103,17 @@ def test_model_is_bit_identical_after_editing(method: str, preset: str) -> None:
     model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
     requests = make_requests(model, tokenizer, 2)
     before = digest(model)
-    flags = [(module.training, len(module._forward_hooks), len(module._forward_pre_hooks), sorted(vars(module))) for module in model.modules()]
+    flags = [
+        (module.training, len(module._forward_hooks), len(module._forward_pre_hooks), sorted(vars(module)))
+        for module in model.modules()
+    ]
     gradients = [(p.requires_grad, p.grad, id(p), p._version) for p in model.parameters()]
     state = torch.random.get_rng_state()
     train(model, tokenizer, requests, method, preset=preset, steps=20)
     assert digest(model) == before
     assert flags == [
-        (module.training, len(module._forward_hooks), len(module._forward_pre_hooks), sorted(vars(module))) for module in model.modules()
+        (module.training, len(module._forward_hooks), len(module._forward_pre_hooks), sorted(vars(module)))
+        for module in model.modules()
     ]
     assert gradients == [(p.requires_grad, p.grad, id(p), p._version) for p in model.parameters()]
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -141,7 +151,9 @@ def test_text_pairs_and_several_classes(kind: str, labels: int) -> None:
 
 def test_the_bundled_claims_are_the_memory_by_default() -> None:
     model, tokenizer = model_of("bert"), tokenizer_of("bert")
-    patches = edit(model, tokenizer, make_requests(model, tokenizer, 1), progress=False, steps=2, memory_rows=20, rounds=0)
+    patches = edit(
+        model, tokenizer, make_requests(model, tokenizer, 1), progress=False, steps=2, memory_rows=20, rounds=0
+    )
     assert len(patches) == 1
 
 
@@ -157,7 +169,9 @@ def test_already_right_owns_nothing_and_no_edit_gives_an_empty_set() -> None:
     model, tokenizer = model_of("bert"), tokenizer_of("bert")
     answer = ask(model, tokenizer, ["name1 was born in city1"])[0]
     for method in METHODS:
-        patches = train(model, tokenizer, [{"id": "1", "text": "name1 was born in city1", "target": str(answer)}], method)
+        patches = train(
+            model, tokenizer, [{"id": "1", "text": "name1 was born in city1", "target": str(answer)}], method
+        )
         assert not patches.parts and patches.edits[0].status == "already-right" and not patches.edits[0].rows
 
 
@@ -209,7 +223,11 @@ def test_wrong_requests_are_named(request_: dict[str, Any], options: dict[str, A
 
 def test_models_that_cannot_be_edited_are_refused() -> None:
     tokenizer, request = tokenizer_of("bert"), [{"id": "1", "text": "name1", "target": "0"}]
-    for model, word in ((model_of("bert").half(), "float16"), (model_of("bert", 1), "1 output"), (torch.nn.Linear(2, 2), "FFN")):
+    for model, word in (
+        (model_of("bert").half(), "float16"),
+        (model_of("bert", 1), "1 output"),
+        (torch.nn.Linear(2, 2), "FFN"),
+    ):
         with pytest.raises(MismatchError, match=word):
             edit(model, tokenizer, request, progress=False)
 
@@ -217,7 +235,10 @@ def test_models_that_cannot_be_edited_are_refused() -> None:
 def test_memory_file(tmp_path: Any) -> None:
     model, tokenizer = model_of("bert"), tokenizer_of("bert")
     path = tmp_path / "memory.jsonl"
-    path.write_text('{"language": "en", "text": "name5 was born in city5"}\n\n{"language": "en", "text": "name6"}\n', encoding="utf-8")
+    path.write_text(
+        '{"language": "en", "text": "name5 was born in city5"}\n\n{"language": "en", "text": "name6"}\n',
+        encoding="utf-8",
+    )
     requests = make_requests(model, tokenizer, 1)
     assert len(train(model, tokenizer, requests, memory=path, steps=2)) == 1
     path.write_text('{"language": "en", "text": "a"}\n{broken\n', encoding="utf-8")

@@ -8,7 +8,9 @@ import torch
 from xpatch.editors.t_patcher.losses import activation_loss, memory_loss, task_loss
 
 
-@pytest.mark.parametrize(("rows", "items", "top"), [(8, 300, 1000), (8, 40, 1000), (1, 50, 1000), (3, 20, 7), (12, 500, 1000)])
+@pytest.mark.parametrize(
+    ("rows", "items", "top"), [(8, 300, 1000), (8, 40, 1000), (1, 50, 1000), (3, 20, 7), (12, 500, 1000)]
+)
 def test_memory_loss_is_the_mean_of_the_largest_pairs(rows: int, items: int, top: int) -> None:
     own, memory = torch.randn(4, rows), torch.randn(4, items)
     found = memory_loss(own, memory, top=top, margin=3.0)
@@ -38,7 +40,9 @@ def test_memory_that_is_the_edit_itself_costs_nothing() -> None:
 
 def test_activation_loss_is_the_mean_of_the_five_least_active_rows() -> None:
     z = torch.tensor([[3.0, 1.0, 0.0, -1.0, 2.0, 5.0, 4.0, 6.0]])
-    torch.testing.assert_close(activation_loss(z), torch.exp(-torch.tensor([-1.0, 0.0, 1.0, 2.0, 3.0])).mean().unsqueeze(0))
+    torch.testing.assert_close(
+        activation_loss(z), torch.exp(-torch.tensor([-1.0, 0.0, 1.0, 2.0, 3.0])).mean().unsqueeze(0)
+    )
 
 
 def test_task_loss_equals_the_binary_form_with_confidence_penalty() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.editors.conftest import make_requests, memory, model_of, tokenizer_of
 
+from tests.editors.conftest import make_requests, memory, model_of, tokenizer_of
 from xpatch.editors.cache import FeatureCache
 from xpatch.editors.inputs import as_memory, labels_of, resolve_edits
 from xpatch.editors.mpn.samplers import all_parallel, one_parallel
@@ -46,13 +46,16 @@ def test_patched_ffn_is_the_base_and_a_side_path(model: Any, tokenizer: Any) -> 
     site, width = run.task.site, run.task.cache.x.shape[1]
     neurons = Neurons(torch.randn(5, width), torch.randn(5), torch.randn(5, width), torch.zeros(5), run.activation)
     x = run.task.cache.x
-    torch.testing.assert_close(neurons.output(x, block=4), patch_ffn(x, neurons.keys, neurons.bias, neurons.values, site.activation))
+    torch.testing.assert_close(
+        neurons.output(x, block=4), patch_ffn(x, neurons.keys, neurons.bias, neurons.values, site.activation)
+    )
     # Widening the FFN by the same neurons gives the same output, as equation 8 says.
     up, down = model.get_submodule(site.up), model.get_submodule(site.down)
     conv = type(up).__name__ == "Conv1D"
     first, second = (up.weight.T, down.weight.T) if conv else (up.weight, down.weight)
     inner = torch.nn.functional.gelu(
-        x @ torch.cat((first, neurons.keys)).T + torch.cat((up.bias, neurons.bias)), approximate="tanh" if conv else "none"
+        x @ torch.cat((first, neurons.keys)).T + torch.cat((up.bias, neurons.bias)),
+        approximate="tanh" if conv else "none",
     )
     widened = inner @ torch.cat((second, neurons.values.T), dim=1).T + down.bias
     torch.testing.assert_close(run.task.cache.base + neurons.output(x), widened, rtol=1e-4, atol=1e-4)
@@ -120,7 +123,9 @@ def test_side_by_side_equals_alone() -> None:
 
 
 def _train(run: _Run, problem: Problem) -> tuple[torch.Tensor, ...]:
-    return train(problem, run.config, run.task.head.tail, run.activation, torch.Generator().manual_seed(0), lambda share: None)
+    return train(
+        problem, run.config, run.task.head.tail, run.activation, torch.Generator().manual_seed(0), lambda share: None
+    )
 
 
 def test_trained_neurons_are_what_the_model_computes_with(model: Any, tokenizer: Any) -> None:
@@ -131,7 +136,9 @@ def test_trained_neurons_are_what_the_model_computes_with(model: Any, tokenizer:
     run.neurons.add(torch.tensor([0]), keys[:1], bias[:1], values[:1])
     row = list(run.plans[0].rows)
     output = run.task.cache.base[row] + run.neurons.output(run.task.cache.x[row])
-    torch.testing.assert_close(run.task.head.tail(output, run.task.cache.residual[row]), logits[0, :1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        run.task.head.tail(output, run.task.cache.residual[row]), logits[0, :1], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_repair_trains_what_the_others_disturb() -> None:

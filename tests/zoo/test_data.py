@@ -66,7 +66,7 @@ def test_requests_and_cases_share_ids_but_no_paraphrase():
 def test_enough_locality_claims_of_each_kind():
     for split in ("train", "test"):
         found = data.locality(split, templates=(0, 2, 3))
-        assert all(len(set(probe.text for probe in probes)) >= 2000 for probes in found.values())
+        assert all(len({probe.text for probe in probes}) >= 2000 for probes in found.values())
         assert {probe.target for probes in found.values() for probe in probes} == set(data.LABELS)
 
 

@@ -25,7 +25,7 @@ def test_is_a_plain_hugging_face_pair_in_eval_mode(verifier):
 
 
 def test_fits_the_package():
-    files = [path for path in xpatch.zoo.folder("verifier").iterdir()]
+    files = list(xpatch.zoo.folder("verifier").iterdir())
     assert sum(path.stat().st_size for path in files) <= 20 * 2**20
 
 
@@ -34,7 +34,9 @@ def test_unknown_name_is_refused():
         xpatch.zoo.load("oracle")
 
 
-@pytest.mark.parametrize(("language", "least"), [("en", 0.80), ("de", 0.70), ("fr", 0.70), ("es", 0.70), ("zh", 0.60), ("ar", 0.60)])
+@pytest.mark.parametrize(
+    ("language", "least"), [("en", 0.80), ("de", 0.70), ("fr", 0.70), ("es", 0.70), ("zh", 0.60), ("ar", 0.60)]
+)
 def test_knows_the_test_facts(verifier, language, least):
     """Well under the published accuracies, well over chance: a broken file or tokenizer fails here."""
     model, tokenizer = verifier

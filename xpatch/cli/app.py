@@ -34,8 +34,12 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="On an error, show the traceback too (allowed anywhere).")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="On an error, show the traceback too (allowed anywhere).")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Hot-patch the knowledge of multilingual transformer models: one edit, every language, no redeploy."""
 
@@ -79,4 +83,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return f"xpatch: {place}{error.strerror or error}", 2
-    return f"xpatch: unexpected {type(error).__name__}: {error}\nThis is a defect; run again with --debug and report what it prints.", 1
+    return (
+        f"xpatch: unexpected {type(error).__name__}: {error}\nThis is a defect; run again with --debug and report what it prints.",
+        1,
+    )

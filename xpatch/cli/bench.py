@@ -21,9 +21,15 @@ def bench() -> None:
 
 @commands.command()
 def crosslingual(
-    json_file: Annotated[Path, typer.Option("--json", help="Result file; finished runs are kept beside it and reused.")],
-    edits: Annotated[int | None, typer.Option(min=1, help="At most so many claims in the edit set (default: all).")] = None,
-    locality: Annotated[int | None, typer.Option(min=1, help="At most so many locality claims of each kind and language.")] = None,
+    json_file: Annotated[
+        Path, typer.Option("--json", help="Result file; finished runs are kept beside it and reused.")
+    ],
+    edits: Annotated[
+        int | None, typer.Option(min=1, help="At most so many claims in the edit set (default: all).")
+    ] = None,
+    locality: Annotated[
+        int | None, typer.Option(min=1, help="At most so many locality claims of each kind and language.")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0,1,2",
     methods: Annotated[str, typer.Option(help="Methods, comma separated.")] = "original,ft,t-patcher,mpn-only,mpn",
     presets: Annotated[str, typer.Option(help="Presets, comma separated.")] = "paper,default",

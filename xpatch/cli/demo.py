@@ -15,7 +15,9 @@ DEFAULT_EDITS = 160
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the patches, the ONNX files and the report.")] = Path("demo-out"),
+    out: Annotated[Path, typer.Option(help="Folder for the patches, the ONNX files and the report.")] = Path(
+        "demo-out"
+    ),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this JSON file.")] = None,
     edits: Annotated[int, typer.Option(min=2, help="Claims in the edit set.")] = DEFAULT_EDITS,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the training.")] = 0,

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.text import Text
-from rich.table import Table
 
 from xpatch.cli.console import print_json, stdout, table
 

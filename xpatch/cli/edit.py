@@ -20,10 +20,14 @@ def edit(
     out: Annotated[Path, typer.Option(help="Patch folder to write.")],
     method: Annotated[str, typer.Option(help="How to edit: mpn, mpn-only, t-patcher or ft.")] = "mpn",
     preset: Annotated[str, typer.Option(help="'default', or 'paper' for the published settings.")] = "default",
-    memory: Annotated[Path | None, typer.Option(help="JSONL of texts that must stay as they are: {language, text}.")] = None,
+    memory: Annotated[
+        Path | None, typer.Option(help="JSONL of texts that must stay as they are: {language, text}.")
+    ] = None,
     languages: Annotated[str | None, typer.Option(help="Only these languages of the requests: en,de,zh.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a patch set that --out already holds.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a patch set that --out already holds.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Train edits on a model folder and write them as a patch folder. The model is not changed.
@@ -41,7 +45,9 @@ def edit(
     check_out_folder(out, overwrite=overwrite)
     classifier, tokenizer = load_classifier(model)
     say(f"{len(wanted)} requests, method {method} ({preset}), model {model}")
-    patches = xpatch.edit(classifier, tokenizer, wanted, method=method, preset=preset, memory=memory, seed=seed, languages=chosen)
+    patches = xpatch.edit(
+        classifier, tokenizer, wanted, method=method, preset=preset, memory=memory, seed=seed, languages=chosen
+    )
     xpatch.save(patches, out)
     _show(patches, out, as_json)
 
@@ -51,9 +57,12 @@ def _show(patches: Any, out: Path, as_json: bool) -> None:
     size = sum(file.stat().st_size for file in out.iterdir())
     if as_json:
         edits = [
-            {"id": record.id, "status": record.status, "message": record.message, "seconds": record.seconds} for record in patches.edits
+            {"id": record.id, "status": record.status, "message": record.message, "seconds": record.seconds}
+            for record in patches.edits
         ]
-        print_json({"out": str(out), "fingerprint": patches.fingerprint, "bytes": size, "status": dict(counts), "edits": edits})
+        print_json(
+            {"out": str(out), "fingerprint": patches.fingerprint, "bytes": size, "status": dict(counts), "edits": edits}
+        )
         return
     failed = [record for record in patches.edits if record.status in ("failed", "lost")]
     if failed:

@@ -13,15 +13,23 @@ from xpatch.cli.inputs import check_out_file, load_classifier
 
 def evaluate(
     model: Annotated[str, typer.Option(help="Folder of a Hugging Face sequence classifier, or 'verifier'.")],
-    cases: Annotated[Path, typer.Option(help="JSONL of edit requests with targets; their rephrases count as unseen paraphrases.")],
-    patches: Annotated[str | None, typer.Option(help="Patch folder; without it the model is measured as it is.")] = None,
-    locality: Annotated[Path | None, typer.Option(help="JSONL of texts that should not change: {language, text, target}.")] = None,
+    cases: Annotated[
+        Path, typer.Option(help="JSONL of edit requests with targets; their rephrases count as unseen paraphrases.")
+    ],
+    patches: Annotated[
+        str | None, typer.Option(help="Patch folder; without it the model is measured as it is.")
+    ] = None,
+    locality: Annotated[
+        Path | None, typer.Option(help="JSONL of texts that should not change: {language, text, target}.")
+    ] = None,
     locality_train: Annotated[
         Path | None, typer.Option(help="The same, for texts like those the classifier was trained on.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap intervals.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 64,
-    out: Annotated[Path | None, typer.Option(help="Write the full report, every prediction included, to this JSON file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the full report, every prediction included, to this JSON file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as one JSON document.")] = False,
 ) -> None:
     """Measure a model before and with a patch folder: reliability, generality per language, locality. The model is not changed.

@@ -23,7 +23,9 @@ def export() -> None:
 def base(
     model: Annotated[str, typer.Option(help="Folder of a Hugging Face sequence classifier, or 'verifier'.")],
     out: Annotated[Path, typer.Option(help="Folder to write: model.onnx, its description, the tokenizer.")],
-    activation: Annotated[str, typer.Option(help="Activation of the patch neurons it will take; fixed in the graph.")] = "relu",
+    activation: Annotated[
+        str, typer.Option(help="Activation of the patch neurons it will take; fixed in the graph.")
+    ] = "relu",
     languages: Annotated[str | None, typer.Option(help="Fix the order of language masks: en,de,zh.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,13 @@ def load_classifier(name: str) -> tuple[Any, Any]:
             return zoo.load(name)
     known = ", ".join(sorted(zoo.MODELS))
     if not folder.exists():
-        raise XpatchError(f"model folder {name} does not exist; give a folder saved with save_pretrained, or a bundled model: {known}")
+        raise XpatchError(
+            f"model folder {name} does not exist; give a folder saved with save_pretrained, or a bundled model: {known}"
+        )
     if not folder.is_dir() or not (folder / "config.json").is_file():
-        raise FormatError(f"{name} is not a model folder: expected a folder with config.json, as save_pretrained writes it")
+        raise FormatError(
+            f"{name} is not a model folder: expected a folder with config.json, as save_pretrained writes it"
+        )
     return _from_pretrained(folder)
 
 
@@ -100,7 +104,9 @@ def check_out_folder(path: Path, *, overwrite: bool = False) -> None:
         if not (path / "patch_config.json").is_file():
             raise XpatchError(f"--out {path} holds other files; give a folder that does not exist yet")
         if not overwrite:
-            raise XpatchError(f"--out {path} already holds a patch set; give another folder, or --overwrite to replace it")
+            raise XpatchError(
+                f"--out {path} already holds a patch set; give another folder, or --overwrite to replace it"
+            )
 
 
 def check_out_file(path: Path, option: str = "--out") -> None:
@@ -118,7 +124,9 @@ def check_writable(path: Path, option: str = "--out") -> None:
     if not above.is_dir():
         raise XpatchError(f"{option} {path} cannot be made: {above} is not a folder")
     if not os.access(path if path.is_dir() else above, os.W_OK | os.X_OK):
-        raise XpatchError(f"{option} {path} cannot be made: no permission to write in {path if path.is_dir() else above}")
+        raise XpatchError(
+            f"{option} {path} cannot be made: no permission to write in {path if path.is_dir() else above}"
+        )
 
 
 def needs(feature: str, module: str, extra: str) -> None:
@@ -126,4 +134,6 @@ def needs(feature: str, module: str, extra: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(module) is None:
-        raise XpatchError(f'{feature} needs the package {module}, which is not installed; pip install "xpatch[{extra}]"')
+        raise XpatchError(
+            f'{feature} needs the package {module}, which is not installed; pip install "xpatch[{extra}]"'
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +15,9 @@ SHOWN_CHARACTERS = 60
 
 def inspect(
     patches: Annotated[str | None, typer.Argument(help="Patch folder (or hf:// or another fsspec URL).")] = None,
-    model: Annotated[str | None, typer.Option(help="Model folder (or 'verifier'): show its FFN sites; with PATCHES, check the fit.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder (or 'verifier'): show its FFN sites; with PATCHES, check the fit.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show a patch folder's ledger, sites, sizes and base identity, or the FFN sites of a model, found by structure.
@@ -35,7 +36,10 @@ def inspect(
     if classifier is not None:
         from xpatch.models.anatomy import find_ffn_sites
 
-        found["model"] = {"class": type(classifier).__name__, "sites": [_site(site) for site in find_ffn_sites(classifier)]}
+        found["model"] = {
+            "class": type(classifier).__name__,
+            "sites": [_site(site) for site in find_ffn_sites(classifier)],
+        }
     if patch_set is not None and classifier is not None:
         from xpatch.patches.identity import check_fit
 
@@ -123,7 +127,15 @@ def _print_patches(console: Any, patches: dict[str, Any]) -> None:
         text = record["text"] or "(redacted)"
         short = text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
         rows = ", ".join(f"{name} {count}" for name, count in record["rows"].items())
-        values = (record["id"], record["method"], record["status"], record["target"], " ".join(record["languages"]), rows, short)
+        values = (
+            record["id"],
+            record["method"],
+            record["status"],
+            record["target"],
+            " ".join(record["languages"]),
+            rows,
+            short,
+        )
         edits.append(values)
     console.print(table("edits", ("id", "method", "status", "target", "languages", "rows", "text"), edits))
 

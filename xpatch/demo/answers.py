@@ -18,7 +18,9 @@ def ask(model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> Answers:
     from xpatch.evaluation import predict
 
     places = [(request.id, language) for request in requests for language in request.versions]
-    probes: list[Probe | str] = [request.versions[language].probe for request in requests for language in request.versions]
+    probes: list[Probe | str] = [
+        request.versions[language].probe for request in requests for language in request.versions
+    ]
     found: Answers = {request.id: {} for request in requests}
     for (name, language), label in zip(places, predict(model, tokenizer, probes, batch_size=64), strict=True):
         found[name][language] = label
@@ -37,7 +39,7 @@ def most_wrong(requests: Sequence[EditRequest], answers: Answers, count: int) ->
 
 
 def verdict(request: EditRequest, language: str, label: str) -> Text:
-    """"✓ SUPPORTS" in green or "✗ REFUTES" in red."""
+    """ "✓ SUPPORTS" in green or "✗ REFUTES" in red."""
     right = label == request.target_of(language)
     return Text(f"{'✓' if right else '✗'} {label}", style="green" if right else "red")
 

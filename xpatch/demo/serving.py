@@ -20,7 +20,9 @@ REPEATS = 31
 
 def onnx_missing() -> str | None:
     """The first package of the ONNX extra that is not installed, None where all are there."""
-    return next((name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None), None)
+    return next(
+        (name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None), None
+    )
 
 
 def write_onnx(model: Any, tokenizer: Any, patches: PatchSet, out: Path) -> tuple[Path, Path]:

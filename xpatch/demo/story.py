@@ -59,7 +59,9 @@ def run(out: Path, *, edits: int = DEFAULT_EDITS, seed: int = 0, console: Consol
     xpatch.remove(model, NAME)
     restored = witness.restored()
     _head(console, "5. All patches off")
-    console.print(f"{witness.bytes_compared:,} bytes of weights and answers compared: {'identical' if restored else 'DIFFERENT'}")
+    console.print(
+        f"{witness.bytes_compared:,} bytes of weights and answers compared: {'identical' if restored else 'DIFFERENT'}"
+    )
 
     folder = _save(patches, out / "fixes")
     files, parity = _onnx(console, model, tokenizer, patches, out, requests)

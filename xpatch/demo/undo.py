@@ -47,4 +47,6 @@ class Witness:
 
     def restored(self) -> bool:
         """Whether every parameter, buffer and logit has the bytes it had, and none was added or taken away."""
-        return state_bytes(self._arguments[0]) == self.state and raw_bytes(logits(*self._arguments)) == raw_bytes(self.logits)
+        return state_bytes(self._arguments[0]) == self.state and raw_bytes(logits(*self._arguments)) == raw_bytes(
+            self.logits
+        )

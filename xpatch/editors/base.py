@@ -63,7 +63,8 @@ def register(editor: Editor) -> None:
 def methods() -> dict[str, MethodInfo]:
     """Every method there is, by name: its paper, what it can edit, its presets."""
     return {
-        name: MethodInfo(**{**vars(editor.info), "presets": tuple(editor.presets)}) for name, editor in sorted(_registry().items())
+        name: MethodInfo(**{**vars(editor.info), "presets": tuple(editor.presets)})
+        for name, editor in sorted(_registry().items())
     }
 
 

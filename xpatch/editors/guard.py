@@ -35,9 +35,13 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
 def check_editable(model: object) -> None:
     """Raise where `model` is not a plain fp32 torch model on one device."""
     if not isinstance(model, torch.nn.Module):
-        raise MismatchError(f"model: expected a torch.nn.Module, found {type(model).__name__}; load it with transformers first")
+        raise MismatchError(
+            f"model: expected a torch.nn.Module, found {type(model).__name__}; load it with transformers first"
+        )
     if hasattr(model, "_orig_mod"):
-        raise ConflictError("model: found a compiled model (torch.compile); edit the plain model, then apply the patches")
+        raise ConflictError(
+            "model: found a compiled model (torch.compile); edit the plain model, then apply the patches"
+        )
     kinds = {parameter.dtype for parameter in model.parameters()}
     if kinds != {torch.float32}:
         found = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds)) or "no parameters"
@@ -47,4 +51,6 @@ def check_editable(model: object) -> None:
         )
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1 or "meta" in devices:
-        raise MismatchError(f"model: expected all weights on one device, found {', '.join(sorted(devices))}; load it on one")
+        raise MismatchError(
+            f"model: expected all weights on one device, found {', '.join(sorted(devices))}; load it on one"
+        )

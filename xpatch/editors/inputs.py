@@ -22,11 +22,15 @@ def labels_of(model: Any, count: int) -> dict[str, int]:
             f"{type(model).__name__} has {count} output(s) and problem type {getattr(config, 'problem_type', None)!r}; "
             "expected a classifier with one answer out of two labels or more"
         )
-    names = {str(name): int(index) for name, index in (getattr(config, "label2id", None) or {}).items() if int(index) < count}
+    names = {
+        str(name): int(index) for name, index in (getattr(config, "label2id", None) or {}).items() if int(index) < count
+    }
     return {**{str(index): index for index in range(count)}, **names}
 
 
-def resolve_edits(requests: Sequence[EditRequest], labels: Mapping[str, int], languages: Sequence[str] | None) -> list[Edit]:
+def resolve_edits(
+    requests: Sequence[EditRequest], labels: Mapping[str, int], languages: Sequence[str] | None
+) -> list[Edit]:
     """Requests with label indices, restricted to `languages`; each request's own language comes first."""
     if languages is not None:
         if isinstance(languages, str):
@@ -34,13 +38,19 @@ def resolve_edits(requests: Sequence[EditRequest], labels: Mapping[str, int], la
         known = {language for request in requests for language in request.versions}
         for language in languages:
             if language not in known:
-                raise MismatchError(f"language {language!r} occurs in no request; languages there are: {', '.join(sorted(known))}")
+                raise MismatchError(
+                    f"language {language!r} occurs in no request; languages there are: {', '.join(sorted(known))}"
+                )
     return [_resolve(request, labels, languages) for request in requests]
 
 
 def _resolve(request: EditRequest, labels: Mapping[str, int], languages: Sequence[str] | None) -> Edit:
     chosen = [request.language]
-    chosen += [language for language in request.versions if language != request.language and (languages is None or language in languages)]
+    chosen += [
+        language
+        for language in request.versions
+        if language != request.language and (languages is None or language in languages)
+    ]
     versions: list[Wording] = []
     rephrases: list[Wording] = []
     negatives: list[Probe] = []
@@ -57,7 +67,9 @@ def _resolve(request: EditRequest, labels: Mapping[str, int], languages: Sequenc
 
 def _label(request: EditRequest, language: str, target: str | None, labels: Mapping[str, int]) -> int:
     where = f"request {request.id!r}, language {language!r}"
-    choices = ", ".join(sorted((name for name in labels if not name.isdigit()), key=lambda name: labels[name]) or sorted(labels))
+    choices = ", ".join(
+        sorted((name for name in labels if not name.isdigit()), key=lambda name: labels[name]) or sorted(labels)
+    )
     if target is None:
         raise MismatchError(f"{where}: no target; give the label it should get, one of {choices}")
     if target not in labels:
@@ -89,7 +101,8 @@ def _bundled(edits: Sequence[Edit]) -> dict[str, list[Probe]]:
     paired = any(version.probe.text_pair is not None for edit in edits for version in edit.versions)
     return {
         language: [
-            Probe(text=text, text_pair=after if paired else None) for text, after in zip(texts, texts[1:] + texts[:1], strict=True)
+            Probe(text=text, text_pair=after if paired else None)
+            for text, after in zip(texts, texts[1:] + texts[:1], strict=True)
         ]
         for language, texts in memory_texts().items()
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from xpatch.errors import XpatchError
 
@@ -19,7 +20,7 @@ def folder(name: str) -> Path:
     return path
 
 
-def load(name: str):
+def load(name: str) -> tuple[Any, Any]:
     """`load("verifier") -> (model, tokenizer)`; stored in fp16, loaded in fp32, eval mode."""
     import torch
     import transformers

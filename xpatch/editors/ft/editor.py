@@ -40,7 +40,9 @@ class FineTuneEditor:
         task.cache.fill(task.report)
         device = task.cache.x.device
         ffn = TrainableFFN(task.model, task.site)
-        objective = Objective(ffn, task.cache, task.head.tail, torch.tensor(memory, dtype=torch.long, device=device), config)
+        objective = Objective(
+            ffn, task.cache, task.head.tail, torch.tensor(memory, dtype=torch.long, device=device), config
+        )
         labels = torch.tensor([edit.versions[0].label for edit in task.edits], device=device)
         index = torch.tensor(rows, device=device)
         trained: dict[int, tuple[bool, float]] = {}
@@ -55,7 +57,9 @@ class FineTuneEditor:
             task.report("training", number + 1, len(task.edits))
         with torch.no_grad():
             final = objective.logits(index).argmax(-1) == labels
-        outcomes = [self._outcome(task, number, bool(final[number]), trained.get(number)) for number in range(len(task.edits))]
+        outcomes = [
+            self._outcome(task, number, bool(final[number]), trained.get(number)) for number in range(len(task.edits))
+        ]
         return Product(_parts(ffn, task.site) if trained else {}, outcomes)
 
     def _memory(self, task: Task, config: FineTuneConfig, edited: set[int]) -> list[int]:
@@ -93,7 +97,9 @@ def _parts(ffn: TrainableFFN, site: FFNSite) -> dict[str, DenseDelta]:
 
 def _check(site: FFNSite) -> None:
     if site.gate is not None:
-        raise MismatchError(f"FFN {site.name!r} is gated; fine-tuning knows FFNs of two linears; use method 't-patcher' or 'mpn'")
+        raise MismatchError(
+            f"FFN {site.name!r} is gated; fine-tuning knows FFNs of two linears; use method 't-patcher' or 'mpn'"
+        )
     if site.activation not in ACTIVATE:
         raise MismatchError(f"FFN {site.name!r} has the activation {site.activation!r}; known: {', '.join(ACTIVATE)}")
 

@@ -36,7 +36,10 @@ class TrainableFFN:
 
     def deltas(self) -> list[torch.Tensor | None]:
         """What training added to each of `weights`, on the CPU."""
-        return [None if w is None or s is None else (w.detach() - s).cpu() for w, s in zip(self.weights, self.start, strict=True)]
+        return [
+            None if w is None or s is None else (w.detach() - s).cpu()
+            for w, s in zip(self.weights, self.start, strict=True)
+        ]
 
     def _forward(self, x: torch.Tensor, weights: list[torch.Tensor | None]) -> torch.Tensor:
         up, up_bias, down, down_bias = weights
@@ -52,7 +55,9 @@ class Objective:
 
     def __init__(self, ffn: TrainableFFN, cache: Any, tail: Any, memory: torch.Tensor, config: FineTuneConfig) -> None:
         self._ffn, self._cache, self._tail, self._memory, self._config = ffn, cache, tail, memory, config
-        self._offset = torch.cat([base - ffn.before(x) for x, base in zip(cache.x.split(4096), cache.base.split(4096), strict=True)])
+        self._offset = torch.cat(
+            [base - ffn.before(x) for x, base in zip(cache.x.split(4096), cache.base.split(4096), strict=True)]
+        )
         self._before = F.log_softmax(cache.logits, -1)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
@@ -74,7 +79,9 @@ class Objective:
                 drawn = torch.randint(len(self._memory), (config.memory_per_step,), generator=generator)
                 drawn = self._memory[drawn.to(self._memory.device)]
                 after = F.log_softmax(self.logits(drawn), -1)
-                loss = loss + config.memory_weight * F.kl_div(after, self._before[drawn], log_target=True, reduction="batchmean")
+                loss = loss + config.memory_weight * F.kl_div(
+                    after, self._before[drawn], log_target=True, reduction="batchmean"
+                )
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter.grad = gradient
             if config.clip:

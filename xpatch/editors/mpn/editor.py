@@ -27,7 +27,9 @@ register(
 )
 register(
     PatchNeuronEditor(
-        MethodInfo(name="mpn", title="MPN (all)", paper=_PAPER, url=_URL, edits=_EDITS + "every language given", separable=True),
+        MethodInfo(
+            name="mpn", title="MPN (all)", paper=_PAPER, url=_URL, edits=_EDITS + "every language given", separable=True
+        ),
         PRESETS,
         all_parallel,
     )

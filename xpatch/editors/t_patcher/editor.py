@@ -163,7 +163,10 @@ class _Run:
         shared = {row for edit in self.accepted for row in self.plans[edit].rows}
         mates = sorted(shared.union(*(plan.negatives for plan in plans)))
         foreign = self._tensor(
-            [[row not in mine and (row in shared or row in spared) for row in mates] for mine, spared in self._sides(plans)]
+            [
+                [row not in mine and (row in shared or row in spared) for row in mates]
+                for mine, spared in self._sides(plans)
+            ]
         )
         first = x[:, [number % width for number in range(neurons)]]
         values = torch.stack([self._noise(plan, neurons, turn, x.shape[-1]) for plan in plans]).to(x)
@@ -241,7 +244,12 @@ class _Run:
         probes = [p for language, texts in self.task.memory.items() if not own or language in languages for p in texts]
         self.task.rng("memory").shuffle(probes)
         edited = {row for plan in self.plans for row in plan.rows}
-        known = {(p.text, p.text_pair) for plan in self.plans for w in (*plan.edit.versions, *plan.edit.rephrases) for p in [w.probe]}
+        known = {
+            (p.text, p.text_pair)
+            for plan in self.plans
+            for w in (*plan.edit.versions, *plan.edit.rephrases)
+            for p in [w.probe]
+        }
         kept = [p for p in probes if (p.text, p.text_pair) not in known][: self.config.memory_rows]
         return [row for row in dict.fromkeys(self.task.cache.want(kept)) if row not in edited]
 

@@ -22,7 +22,9 @@ class Neurons:
     @staticmethod
     def none(width: int, activation: str, device: torch.device) -> Neurons:
         empty = torch.zeros(0, width, device=device)
-        return Neurons(empty, empty[:, 0].clone(), empty.clone(), torch.zeros(0, dtype=torch.long, device=device), activation)
+        return Neurons(
+            empty, empty[:, 0].clone(), empty.clone(), torch.zeros(0, dtype=torch.long, device=device), activation
+        )
 
     def add(self, owners: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, values: torch.Tensor) -> None:
         """Append the neurons of edits `owners` `[E]`: keys `[E, P, D]`, bias `[E, P]`, values `[E, P, D]`."""
@@ -34,12 +36,16 @@ class Neurons:
     def drop(self, owners: torch.Tensor) -> None:
         """Forget the neurons of edits `owners`."""
         keep = ~torch.isin(self.owner, owners)
-        self.keys, self.bias, self.values, self.owner = (v[keep] for v in (self.keys, self.bias, self.values, self.owner))
+        self.keys, self.bias, self.values, self.owner = (
+            v[keep] for v in (self.keys, self.bias, self.values, self.owner)
+        )
 
     def sort(self) -> None:
         """Order by owner, so that each edit's rows lie together."""
         order = torch.argsort(self.owner, stable=True)
-        self.keys, self.bias, self.values, self.owner = (v[order] for v in (self.keys, self.bias, self.values, self.owner))
+        self.keys, self.bias, self.values, self.owner = (
+            v[order] for v in (self.keys, self.bias, self.values, self.owner)
+        )
 
     def output(self, x: torch.Tensor, block: int = 4096) -> torch.Tensor:
         """`act(x Kᵀ + b) V` for x `[M, D]`, in blocks of rows."""

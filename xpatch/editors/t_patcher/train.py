@@ -93,13 +93,23 @@ def right_of(problem: Problem, logits: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    problem: Problem, config: NeuronConfig, tail: Tail, activation: str, generator: torch.Generator, tick: Callable[[float], None]
+    problem: Problem,
+    config: NeuronConfig,
+    tail: Tail,
+    activation: str,
+    generator: torch.Generator,
+    tick: Callable[[float], None],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The trained neurons: keys `[E, P, D]`, bias `[E, P]`, values `[E, P, D]` (u ⊙ a folded). `tick` hears the share done."""
     rows = torch.arange(max(config.copies, problem.x.shape[1])) % problem.x.shape[1]
     weights = torch.bincount(rows, minlength=problem.x.shape[1]).to(problem.x).expand(problem.x.shape[:2])
     rows = rows.to(problem.x.device)
-    parameters = [problem.keys.clone(), problem.bias.clone(), problem.values.clone(), torch.full_like(problem.values, config.amplify)]
+    parameters = [
+        problem.keys.clone(),
+        problem.bias.clone(),
+        problem.values.clone(),
+        torch.full_like(problem.values, config.amplify),
+    ]
     adam = _Adam(parameters, config)
     done = [torch.empty_like(problem.keys), torch.empty_like(problem.bias), torch.empty_like(problem.values)]
     alive = torch.arange(len(problem.x), device=problem.x.device)
@@ -190,7 +200,11 @@ def _check(
     if step < _EARLIEST_STOP:
         return torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
     held = _others(problem, keys, bias, problem.held)
-    memory = memory_loss(z.amax(-1)[:, rows], held, config.memory_top, config.memory_margin) if held.shape[1] else torch.zeros_like(task)
+    memory = (
+        memory_loss(z.amax(-1)[:, rows], held, config.memory_top, config.memory_margin)
+        if held.shape[1]
+        else torch.zeros_like(task)
+    )
     right = right_of(problem, logits)
     stop = right & ~(memory < watch.best_memory - 1e-3)
     watch.best_memory = torch.where(right, torch.minimum(watch.best_memory, memory), watch.best_memory)

@@ -28,7 +28,7 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer 
     moments: dict[int, dict[str, torch.Tensor]] = {}
     parameters = dict(model.named_parameters())
     with safe_open(folder / NAME, framework="pt") as file, torch.no_grad():
-        for name in file.keys():  # noqa: SIM118
+        for name in file.keys():
             kind, _, rest = name.partition(".")
             if kind == "model":
                 parameters[rest].copy_(file.get_tensor(name))

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, BertForMaskedLM, BertForSequenceClassification
+from transformers import BertForMaskedLM, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from xpatch.errors import FormatError
 from xpatch.zoo.verifier import checkpoint
@@ -28,9 +28,12 @@ from xpatch.zoo.verifier.tokenizer import save
 LENGTH = 24
 
 
-def english_batch(tokenizer, rng: random.Random, size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def english_batch(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """`size` English claims on the classification facts, each fact once true and once with another object of its relation."""
-    texts, labels = [], []
+    texts: list[str] = []
+    labels: list[int] = []
     while len(texts) < size:
         fact = rng.choice(facts("train"))
         wrong = wrong_object(fact, rng)
@@ -45,7 +48,12 @@ def english_batch(tokenizer, rng: random.Random, size: int) -> tuple[dict[str, t
 
 
 @torch.inference_mode()
-def margins(model, tokenizer, split: str, templates: tuple[int, ...] = (0, 2)) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def margins(
+    model: BertForSequenceClassification,
+    tokenizer: PreTrainedTokenizerFast,
+    split: str,
+    templates: tuple[int, ...] = (0, 2),
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """language -> (logit of SUPPORTS minus logit of REFUTES, whether the claim is true) over a split's claims."""
     model.eval()
     found = {}
@@ -56,7 +64,10 @@ def margins(model, tokenizer, split: str, templates: tuple[int, ...] = (0, 2)) -
             batch = tokenizer(texts[start : start + 256], padding=True, truncation=True, return_tensors="pt")
             logits = model(**batch).logits
             scores.append(logits[:, 1] - logits[:, 0])
-        found[language] = torch.cat(scores), torch.tensor([item.label == LABELS[1] for _ in templates for item in claims(split)])
+        found[language] = (
+            torch.cat(scores),
+            torch.tensor([item.label == LABELS[1] for _ in templates for item in claims(split)]),
+        )
     return found
 
 
@@ -72,10 +83,17 @@ def best_shift(found: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> float:
 
 
 def classify(
-    pretrained: Path, out: Path, steps: int, peak: float, masked_lm_weight: float, frozen: int = 0, dropout: float = 0.0, seed: int = 0
+    pretrained: Path,
+    out: Path,
+    steps: int,
+    peak: float,
+    masked_lm_weight: float,
+    frozen: int = 0,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Train, keep the best by validation accuracy, save model and tokenizer to `out`; returns the validation accuracies."""
-    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained)
     torch.manual_seed(seed)
     rng = random.Random(seed)
     corpus = Corpus(tokenizer, seed=seed + 10_000)
@@ -93,7 +111,9 @@ def classify(
         module.requires_grad_(False)
     parameters = list({id(p): p for p in [*model.parameters(), *masked.parameters()] if p.requires_grad}.values())
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    best, best_accuracy, tick = None, {}, time.time()
+    best: dict[str, torch.Tensor] = {}
+    best_accuracy: dict[str, float] = {}
+    tick = time.time()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = peak * min((step + 1) / 100, 1.0, max((steps - step) / (0.5 * steps), 0.02))
@@ -120,7 +140,7 @@ def classify(
                 "mean": round(mean, 3),
             }
             print(json.dumps({**line, **{k: round(v, 3) for k, v in found.items()}}), flush=True)
-            if best is None or mean > sum(best_accuracy.values()) / len(best_accuracy):
+            if not best or mean > sum(best_accuracy.values()) / len(best_accuracy):
                 best, best_accuracy = {k: v.clone() for k, v in model.state_dict().items()}, found
                 best["classifier.bias"][1] += shift
     model.load_state_dict(best)
@@ -136,9 +156,23 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--masked-lm-weight", type=float, default=0.0)
-    parser.add_argument("--frozen", type=int, default=2, help="0: train all; n: keep the embeddings and the first n - 1 layers")
+    parser.add_argument(
+        "--frozen", type=int, default=2, help="0: train all; n: keep the embeddings and the first n - 1 layers"
+    )
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    print(json.dumps(classify(given.pretrained, given.out, given.steps, given.learning_rate, given.masked_lm_weight, given.frozen, given.dropout)))
+    print(
+        json.dumps(
+            classify(
+                given.pretrained,
+                given.out,
+                given.steps,
+                given.learning_rate,
+                given.masked_lm_weight,
+                given.frozen,
+                given.dropout,
+            )
+        )
+    )

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerFast
 
-from xpatch.zoo.verifier.data import TEMPLATES, facts, sentence
+from xpatch.zoo.verifier.data import TEMPLATES, Fact, facts, sentence
 from xpatch.zoo.verifier.facts import LANGUAGES
 
 CLS, SEP, MASK, FIRST_WORD = 2, 3, 4, 5
@@ -30,6 +31,8 @@ OTHER_PAIR = 0.4
 SWITCHED = 0.3  # share of single sentences whose subject (and, independently, object) is named in another language
 CAPACITY = {1: 0.15, 2: 0.19}  # predicted positions as a share of all, by sentences per input
 
+Masked = tuple[list[int], list[int]]  # input ids, labels
+
 
 @dataclass(frozen=True)
 class Sentence:
@@ -43,7 +46,7 @@ class Sentence:
 class Corpus:
     """All sentences of all facts, and random batches from them."""
 
-    def __init__(self, tokenizer, seed: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         self.rng = random.Random(seed)
         self.facts = facts()
         self.vocabulary = len(tokenizer)
@@ -64,7 +67,7 @@ class Corpus:
     def mono(self, size: int, length: int) -> dict[str, torch.Tensor]:
         """`size` masked sentences, each in one language, padded to `length`."""
         languages = self.rng.choices(list(MONO_WEIGHTS), list(MONO_WEIGHTS.values()), k=size * 2)
-        rows = []
+        rows: list[list[Masked]] = []
         while len(rows) < size:
             key = (self.rng.randrange(len(self.facts)), languages[len(rows)], self.rng.randrange(TEMPLATES))
             made, object_language = self._switched(key)
@@ -76,7 +79,7 @@ class Corpus:
 
     def pair(self, size: int, length: int) -> dict[str, torch.Tensor]:
         """`size` translation pairs (two languages, two templates of one fact), padded to `length`."""
-        rows = []
+        rows: list[list[Masked]] = []
         while len(rows) < size:
             index = self.rng.randrange(len(self.facts))
             first, second = self.rng.choices(*self.pairs)[0]
@@ -165,7 +168,7 @@ class Corpus:
                 return list(span)
         return [MASK] * length
 
-    def _batch(self, rows: list[list[tuple[list[int], list[int]]]], length: int) -> dict[str, torch.Tensor]:
+    def _batch(self, rows: list[list[Masked]], length: int) -> dict[str, torch.Tensor]:
         size = len(rows)
         ids = np.zeros((size, length), np.int64)
         segments, positions = np.zeros_like(ids), np.zeros_like(ids)
@@ -201,7 +204,7 @@ class Corpus:
         return batch
 
 
-def _encode(tokenizer, fact, language: str, template: int) -> Sentence:
+def _encode(tokenizer: PreTrainedTokenizerFast, fact: Fact, language: str, template: int) -> Sentence:
     subject, obj = fact.labels[language]
     text = sentence(fact.relation, language, template, subject, obj)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -36,7 +36,7 @@ def config(vocabulary: int) -> BertConfig:
         pad_token_id=0,
         id2label=dict(enumerate(LABELS)),
         label2id={label: index for index, label in enumerate(LABELS)},
-        attn_implementation="eager",
+        attn_implementation="eager",  # type: ignore[call-arg]
     )
 
 
@@ -67,7 +67,8 @@ def pretrain(
     corpus = Corpus(tokenizer, seed=start)
     loss_of = torch.compile(masked_lm_loss, dynamic=False) if compiled else masked_lm_loss
     model.train()
-    saved, running, tick = time.time(), {}, time.time()
+    running: dict[str, float] = {}
+    saved = tick = time.time()
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)

@@ -102,4 +102,6 @@ def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     kept = {name: value for name, value in found.items() if name not in ("backend", "is_local", "local_files_only")}
-    path.write_text(json.dumps({**kept, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({**kept, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=1) + "\n", encoding="utf-8"
+    )
