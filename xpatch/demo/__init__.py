@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from xpatch.demo.story import DEFAULT_EDITS, run
+from xpatch.demo.story import run
 
-__all__ = ["DEFAULT_EDITS", "run"]
+__all__ = ["run"]

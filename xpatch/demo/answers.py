@@ -57,16 +57,3 @@ def comparison(title: str, requests: Sequence[EditRequest], stages: Sequence[tup
             table.add_row(Text(f"{language}  {version.text}"), Text(request.target_of(language) or ""), *cells)
         table.add_section()
     return table
-
-
-def as_data(requests: Sequence[EditRequest], stages: Sequence[tuple[str, Answers]]) -> list[dict[str, Any]]:
-    """The same comparison as plain data, for the JSON file and the HTML report."""
-    return [
-        {
-            "id": request.id,
-            "target": request.target,
-            "texts": {language: version.text for language, version in request.versions.items()},
-            "answers": {name: answers[request.id] for name, answers in stages},
-        }
-        for request in requests
-    ]

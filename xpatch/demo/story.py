@@ -19,14 +19,13 @@ from xpatch.demo.undo import Witness
 from xpatch.patches.requests import EditRequest
 from xpatch.patches.types import PatchSet
 
-DEFAULT_EDITS = 160
 LOCALITY = 200  # claims of each kind and language
 SHOWN_WRONG = 4
 SHOWN_FIXED = 3
 NAME = "demo"
 
 
-def run(out: Path, *, edits: int = DEFAULT_EDITS, seed: int = 0, console: Console | None = None) -> dict[str, Any]:
+def run(out: Path, *, edits: int, seed: int = 0, console: Console | None = None) -> dict[str, Any]:
     """Run the demo, write its files to `out`, and return what its JSON file holds.
 
     edits: claims in the edit set; those the verifier gets wrong in any language are edited. Files: `fixes/` (patch folder),

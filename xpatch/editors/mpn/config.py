@@ -20,6 +20,7 @@ DEFAULT = NeuronConfig(
     steps=600,
     early_stop=False,
     max_neurons=2,
+    rescue=True,
     keep_failed=False,
 )
 

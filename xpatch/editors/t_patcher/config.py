@@ -57,6 +57,8 @@ class NeuronConfig(Config):
     """Edits trained side by side against the same current patches. 1 is the papers' one-by-one procedure."""
     rounds: int = Field(default=3, ge=0)
     """How often edits that are not right in the presence of the others are trained again."""
+    rescue: bool = False
+    """Train edits that are still not right after all rounds once more, in scaled coordinates."""
     keep_failed: bool = True
     """Install the neurons of an edit that is still not right (the reference does); else it owns nothing."""
 
@@ -80,6 +82,7 @@ DEFAULT = NeuronConfig(
     steps=600,
     early_stop=False,
     max_neurons=2,
+    rescue=True,
     keep_failed=False,
 )
 

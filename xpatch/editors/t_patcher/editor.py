@@ -15,6 +15,7 @@ import torch
 
 from xpatch.editors.base import MethodInfo, register
 from xpatch.editors.t_patcher.config import PRESETS, NeuronConfig
+from xpatch.editors.t_patcher.coordinates import Coordinates
 from xpatch.editors.t_patcher.neurons import Neurons
 from xpatch.editors.t_patcher.samplers import Sampler, own_language
 from xpatch.editors.t_patcher.train import Problem, train
@@ -86,6 +87,8 @@ class _Run:
                 break
             self.spared = [edit for edit in self.spared if right[edit]]
             self.take(broken, decided)
+        if self.config.rescue:
+            self.rescue(len(self.plans))
         return self.finish()
 
     def take(self, chunk: list[int], decided: int) -> None:
@@ -109,18 +112,35 @@ class _Run:
                 self.learn(wrong[start : start + self.config.chunk], neurons, turn, decided)
         self.right(self.accepted)
 
-    def learn(self, edits: list[int], neurons: int, turn: int, decided: int) -> None:
+    def rescue(self, decided: int) -> None:
+        """Edits that are still not right: train them in scaled coordinates, where rows are far longer or shorter than usual."""
+        for turn in range(self.config.rounds + 1, 2 * self.config.rounds + 1):
+            right = self.right(self.accepted)
+            wrong = [edit for edit in self.accepted if not right[edit]]
+            if not wrong:
+                return
+            rows = sorted({row for plan in self.plans for row in plan.rows})
+            scaled = Coordinates.scaled(torch.cat((self.memory, self.task.cache.x[self._tensor(rows)])))
+            self.neurons.drop(torch.tensor(wrong, device=self.device))
+            for start in range(0, len(wrong), self.config.chunk):
+                self.learn(wrong[start : start + self.config.chunk], self.config.max_neurons, turn, decided, scaled)
+
+    def learn(
+        self, edits: list[int], neurons: int, turn: int, decided: int, coordinates: Coordinates | None = None
+    ) -> None:
         """Train `edits` side by side against the current neurons and install the result."""
         begun = time.perf_counter()
-        problem = self.problem(edits, neurons, turn)
+        problem = self.problem(edits, neurons, turn, coordinates)
         generator = self.task.generator("memory", *(self.plans[edit].edit.request.id for edit in edits), str(turn))
 
         def tick(share: float) -> None:
             if not turn:
                 self.task.report("training", decided + int(share * len(edits)), len(self.plans))
 
-        trained = train(problem, self.config, self.task.head.tail, self.activation, generator, tick)
-        self.neurons.add(torch.tensor(edits, device=self.device), *trained)
+        keys, bias, values = train(problem, self.config, self.task.head.tail, self.activation, generator, tick)
+        if coordinates is not None:
+            keys, bias = coordinates.fold(keys, bias)
+        self.neurons.add(torch.tensor(edits, device=self.device), keys, bias, values)
         for edit in edits:
             self.seconds[edit] += (time.perf_counter() - begun) / len(edits)
 
@@ -150,14 +170,16 @@ class _Run:
             start += plan.required
         return found
 
-    def problem(self, edits: list[int], neurons: int, turn: int) -> Problem:
-        """Gather the cached rows of `edits`; base outputs hold what the current neurons add."""
+    def problem(self, edits: list[int], neurons: int, turn: int, coordinates: Coordinates | None = None) -> Problem:
+        """Gather the cached rows of `edits`, in `coordinates`; base outputs hold what the current neurons add."""
         cache, plans = self.task.cache, [self.plans[edit] for edit in edits]
         width = max(len(plan.rows) for plan in plans)
         index = self._tensor([[plan.rows[i % len(plan.rows)] for i in range(width)] for plan in plans])
         labels = self._tensor([[plan.labels[i % len(plan.rows)] for i in range(width)] for plan in plans])
         required = self._tensor([[i < plan.required for i in range(width)] for plan in plans])
-        x = cache.x[index]
+        seen = coordinates.forward if coordinates is not None else lambda x: x
+        plain = cache.x[index]
+        x = seen(plain)
         # Rows of the accepted edits are memory for each other, an edit's locality probes for it alone; a text that two edits
         # share is nobody's foreign row.
         shared = {row for edit in self.accepted for row in self.plans[edit].rows}
@@ -173,12 +195,12 @@ class _Run:
         return Problem(
             x=x,
             residual=cache.residual[index],
-            base=cache.base[index] + self.neurons.output(x.flatten(0, 1)).view_as(x),
+            base=cache.base[index] + self.neurons.output(plain.flatten(0, 1)).view_as(plain),
             labels=labels,
             required=required,
-            memory=self.memory,
-            held=self.held,
-            mates=cache.x[self._tensor(mates)],
+            memory=seen(self.memory),
+            held=seen(self.held),
+            mates=seen(cache.x[self._tensor(mates)]),
             foreign=foreign.view(len(plans), len(mates)).bool(),
             # The pre-activation starts at exactly 1 on the row it is made from (Transformer-Patcher, appendix).
             keys=first / first.square().sum(-1, keepdim=True),
