@@ -143,8 +143,8 @@ def _origin(result: Mapping[str, Any]) -> str:
     locality = min(protocol.get("locality_test", {}).values(), default=0)
     return (
         f"{protocol.get('edit_set')} claims about different subjects, {locality} locality claims of each kind and language, seeds "
-        f"{', '.join(map(str, header.get('seeds', [])))}; {where}; {versions}. Made by `{header.get('command')}`; intervals, "
-        "paper presets and every seed's row are in `benchmarks/results/`."
+        f"{', '.join(map(str, header.get('seeds', [])))}; {where}; {versions}. Made by `{header.get('command')}`; intervals "
+        f"and every seed's row are in `benchmarks/results/`. {header.get('note', '')}".rstrip()
     )
 
 

@@ -72,8 +72,8 @@ def points(title: str, groups: Sequence[str], series: Sequence[Series], note: st
     low, high = _span([x for one in series for x in (*one.values, *one.references) if x is not None])
     room = (width - left - right) / max(len(groups), 1)
 
-    def y(value: float) -> float:
-        return top + (height - top - bottom) * (high - value) / (high - low)
+    def y(value: float) -> float:  # an interval that reaches below the scale ends at it
+        return top + (height - top - bottom) * (high - max(value, low)) / (high - low)
 
     parts = [_grid(left, width - right, low, high, y)]
     for g, group in enumerate(groups):
@@ -99,14 +99,13 @@ def points(title: str, groups: Sequence[str], series: Sequence[Series], note: st
 def lines(title: str, panels: Sequence[Panel], x_label: str, note: str = "", width: int = 880) -> str:
     """Panels side by side on one percent scale; x is logarithmic, its ticks are the points measured."""
     left, right, top, bottom, height, gap = 44, 14, 96, 62, 400, 54
-    found = [x for panel in panels for line in panel.lines for point in line.points for x in point[1:]]
-    low, high = _span(found)
+    low, high = _span([point[1] for panel in panels for line in panel.lines for point in line.points])
     room = (width - left - right - gap * (len(panels) - 1)) / max(len(panels), 1)
     ticks = sorted({point[0] for panel in panels for line in panel.lines for point in line.points})
     first, last = math.log(ticks[0]), math.log(ticks[-1])
 
-    def y(value: float) -> float:
-        return top + (height - top - bottom) * (high - value) / (high - low)
+    def y(value: float) -> float:  # an interval that reaches below the scale ends at it
+        return top + (height - top - bottom) * (high - max(value, low)) / (high - low)
 
     parts = []
     for p, panel in enumerate(panels):
@@ -117,7 +116,9 @@ def lines(title: str, panels: Sequence[Panel], x_label: str, note: str = "", wid
 
         parts.append(_grid(x0, x0 + room, low, high, y))
         parts.append(f'<text class="b" x="{x0}" y="{top - 12}">{escape(panel.title)}</text>')
-        for tick in ticks:
+        for i, tick in enumerate(ticks):
+            if i + 1 < len(ticks) and x(ticks[i + 1]) - x(tick) < 30:
+                continue  # the next label would touch this one
             parts.append(
                 f'<text class="soft" x="{x(tick):.1f}" y="{height - bottom + 18}" text-anchor="middle">{tick:g}</text>'
             )

@@ -21,4 +21,4 @@ def test_points_and_chart(model, tokenizer, protocol, tmp_path):
         value, low, high = point["unchanged"]
         assert low <= value <= high <= 100
     root = ElementTree.fromstring((tmp_path / "a.svg").read_text())
-    assert root.tag.endswith("svg") and len(root.findall(".//{*}polyline")) == 4
+    assert root.tag.endswith("svg") and len(root.findall(".//{*}polyline")) == 6

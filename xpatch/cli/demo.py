@@ -11,7 +11,7 @@ from xpatch.cli.console import stdout
 from xpatch.cli.inputs import check_out_file, check_writable, quiet_transformers
 from xpatch.errors import XpatchError
 
-DEFAULT_EDITS = 160
+DEFAULT_EDITS = 240
 
 
 def demo(

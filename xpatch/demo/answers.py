@@ -45,15 +45,16 @@ def verdict(request: EditRequest, language: str, label: str) -> Text:
 
 
 def comparison(title: str, requests: Sequence[EditRequest], stages: Sequence[tuple[str, Answers]]) -> Table:
-    """One block a claim: its English text and gold label, then one line a language with the answer at every stage."""
+    """One block a claim: one line a language with its text, the gold label, and the answer at every stage."""
     table = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
     table.add_column(Text("claim"), overflow="fold")
     table.add_column(Text("gold"))
     for name, _ in stages:
         table.add_column(Text(name))
-    for request in requests:
+    for number, request in enumerate(requests):
+        if number:
+            table.add_row()
         for language, version in request.versions.items():
             cells = [verdict(request, language, answers[request.id][language]) for _, answers in stages]
             table.add_row(Text(f"{language}  {version.text}"), Text(request.target_of(language) or ""), *cells)
-        table.add_section()
     return table

@@ -46,7 +46,9 @@ def run(out: Path, *, edits: int, seed: int = 0, console: Console | None = None)
 
     _head(console, f"2. Training edits with {len(methods.METHODS) - 1} methods, and measuring what each of them did")
     rows, examples, patches = methods.measure_all(model, tokenizer, asked, seed, lambda text: _note(console, text))
-    console.print(report.table({"methods": rows}))
+    console.print(methods.paper_table(rows))
+    console.print()
+    console.print(methods.user_table(rows))
 
     xpatch.apply(model, patches, name=NAME, tokenizer=tokenizer)
     after = ask(model, tokenizer, requests)
@@ -119,7 +121,8 @@ def _switch_one_off(
     name = chosen[0].id
     xpatch.apply(model, patches.drop([name]), name=NAME, tokenizer=tokenizer)
     off = ask(model, tokenizer, chosen)
-    _head(console, f"4. One edit off again: {name}; the other {len(patches) - 1} stay on")
+    others = sum(bool(record.rows) for record in patches.edits) - 1
+    _head(console, f"4. One edit off again: {name}; the other {others} stay on")
     console.print(comparison("", chosen, [("before", before), ("after", after), ("that edit off", off)]))
     return off[name] == before[name]
 
