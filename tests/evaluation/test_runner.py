@@ -199,7 +199,7 @@ def test_bad_locality_and_needed(model, tokenizer, cases, tmp_path):
     path.write_text('{"language": "en", "text": "w1"}\n{"text": "w1"}\n')
     with pytest.raises(FormatError, match="line 2"):
         evaluate(model, tokenizer, cases, locality_test=path)
-    with pytest.raises(FormatError, match="cannot be read"):
+    with pytest.raises(FormatError, match="does not exist"):
         evaluate(model, tokenizer, cases, locality_test=tmp_path / "absent.jsonl")
     with pytest.raises(FormatError, match="probe 0"):
         evaluate(model, tokenizer, cases, locality_test={"en": [{"txt": "w1"}]})

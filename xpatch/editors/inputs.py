@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from xpatch.editors.task import Edit, Wording
 from xpatch.errors import FormatError, MismatchError
+from xpatch.patches.probes import as_probe, read_probes
 from xpatch.patches.requests import EditRequest, Probe
 
 
@@ -88,7 +86,7 @@ def as_memory(memory: Mapping[str, Sequence[Any]] | str | Path | None, edits: Se
     elif isinstance(memory, Mapping):
         given = {str(language): _probes(texts, f"memory, language {language!r}") for language, texts in memory.items()}
     else:
-        given = _read(Path(memory))
+        given = read_probes(memory, "memory file")
     for language, probes in given.items():
         kept.setdefault(language, []).extend(probes)
     return kept
@@ -111,35 +109,4 @@ def _bundled(edits: Sequence[Edit]) -> dict[str, list[Probe]]:
 def _probes(texts: Any, where: str) -> list[Probe]:
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
         raise FormatError(f"{where}: expected a list of texts, found {type(texts).__name__}")
-    return [_probe(item, f"{where}, text {number}") for number, item in enumerate(texts, start=1)]
-
-
-def _probe(item: Any, where: str) -> Probe:
-    if isinstance(item, Probe):
-        return item
-    try:
-        return Probe.model_validate(item)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "text"
-        raise FormatError(f"{where}: {field}: {first['msg']}; found {str(item)[:120]!r}") from None
-
-
-def _read(path: Path) -> dict[str, list[Probe]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"memory file {path} cannot be read: {error}; give a JSONL file, one text a line") from None
-    found: dict[str, list[Probe]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"memory file {path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise FormatError(f"{where}: not valid JSON ({error.msg} at column {error.colno}): {line[:120]}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("language"), str):
-            raise FormatError(f"{where}: expected an object with 'language' and 'text', found {line[:120]}")
-        found.setdefault(row.pop("language"), []).append(_probe(row, where))
-    return found
+    return [as_probe(item, f"{where}, text {number}") for number, item in enumerate(texts, start=1)]

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from xpatch.errors import FormatError
 from xpatch.evaluation.predict import label_index
+from xpatch.patches.probes import as_probe, read_probes
 from xpatch.patches.requests import EditRequest, Probe
 
 Locality = Mapping[str, Sequence["Probe | str | Mapping[str, Any]"]]
@@ -81,38 +80,10 @@ def _read_locality(kind: str, locality: Locality | str | Path | None) -> dict[st
         return {}
     if isinstance(locality, Mapping):
         return {
-            language: [_probe(item, f"{kind}, {language!r}, probe {position}") for position, item in enumerate(items)]
+            language: [as_probe(item, f"{kind}, {language!r}, probe {position}") for position, item in enumerate(items)]
             for language, items in locality.items()
         }
-    path = Path(locality)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{kind} file {path} cannot be read: {error}") from None
-    found: dict[str, list[Probe]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise FormatError(f"{where}: not valid JSON ({error.msg} at column {error.colno}): {line[:120]}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("language"), str):
-            raise FormatError(f'{where}: expected {{"language", "text", "text_pair", "target"}}, found {line[:120]}')
-        found.setdefault(row.pop("language"), []).append(_probe(row, where))
-    return found
-
-
-def _probe(item: Any, where: str) -> Probe:
-    if isinstance(item, Probe):
-        return item
-    try:
-        return Probe.model_validate(item)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "probe"
-        raise FormatError(f"{where}: {field}: {first['msg']}; found {str(item)[:120]}") from None
+    return read_probes(locality, f"{kind} file")
 
 
 def digest(questions: Sequence[Question]) -> str:

@@ -21,6 +21,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from xpatch.errors import FormatError
+from xpatch.patches.jsonl import read_jsonl, shorten
 
 REQUEST_SCHEMA_VERSION = 1
 
@@ -161,27 +162,7 @@ def as_requests(
 
 def read_requests(path: str | Path) -> list[EditRequest]:
     """Read a JSONL file, one request a line (blank lines are skipped). Raises `FormatError` naming the line and its content."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand inside a text
-    except FileNotFoundError:
-        raise FormatError(
-            f"request file {path} does not exist; give the path of a JSONL file, one request a line"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"request file {path} cannot be read: {error}") from None
-    parsed = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            data = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise FormatError(
-                f"{where}: not valid JSON ({error.msg} at column {error.colno}): {_shorten(line)}"
-            ) from None
-        parsed.append(_parse(data, where=where))
+    parsed = [_parse(data, where=where) for where, data in read_jsonl(path, "request file", "request")]
     return _checked(parsed, where=str(path))
 
 
@@ -223,7 +204,7 @@ def request_schema() -> dict[str, Any]:
 def _parse(data: Any, *, where: str) -> EditRequest:
     if not isinstance(data, Mapping):
         raise FormatError(
-            f"{where}: expected a JSON object with 'id' and 'text' (or 'versions'), found {_shorten(repr(data))}"
+            f"{where}: expected a JSON object with 'id' and 'text' (or 'versions'), found {shorten(repr(data))}"
         )
     try:
         return EditRequest.model_validate(dict(data))
@@ -231,7 +212,7 @@ def _parse(data: Any, *, where: str) -> EditRequest:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "request"
         raise FormatError(
-            f"{where}: {field}: {first['msg']}; found {_shorten(json.dumps(dict(data), ensure_ascii=False, default=repr))}"
+            f"{where}: {field}: {first['msg']}; found {shorten(json.dumps(dict(data), ensure_ascii=False, default=repr))}"
         ) from None
 
 
@@ -244,7 +225,3 @@ def _checked(requests: list[EditRequest], *, where: str) -> list[EditRequest]:
             raise FormatError(f"{where}: request id {request.id!r} occurs twice; ids must be unique")
         seen.add(request.id)
     return requests
-
-
-def _shorten(text: str, limit: int = 120) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
