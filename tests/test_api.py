@@ -248,3 +248,12 @@ def test_public_names_are_all_there():
         assert getattr(xpatch, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = xpatch.nothing
+
+
+def test_a_set_without_parts_is_listed_and_removed(tiny):
+    model = tiny("bert")
+    xpatch.apply(model, PatchSet(parts={}), name="nothing")
+    assert "nothing" in str(xpatch.status(model))
+    xpatch.remove(model, "nothing")
+    with pytest.raises(MismatchError, match="nothing"):
+        xpatch.remove(model, "nothing")
