@@ -57,7 +57,6 @@ def choose(source: Path, max_label: int = 40) -> list[dict]:
                 "labels": {language: labels[language] for language in LANGUAGES},
             }
         )
-    # A relation's object must occur with two or more subjects' worth of alternatives, else no false claim can be made.
     return sorted(facts, key=lambda f: (f["relation"], f["subject"]))
 
 
