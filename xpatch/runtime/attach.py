@@ -18,16 +18,16 @@ import torch
 from torch import nn
 
 from xpatch.models.surgery import Surgery
+from xpatch.runtime.firings import Firings
 from xpatch.runtime.hooks import Add, Beside, Enter, Exit, Generate, Keep
 from xpatch.runtime.layer import add_patches
 from xpatch.runtime.routing import EVERYTHING, Route, Rows, batch_of, is_switched_off, resolve, rows_in_context
-from xpatch.runtime.snapshot import EMPTY, Point, PreparedPart, Snapshot
+from xpatch.runtime.snapshot import EMPTY, Point, Snapshot
 
 Kind = Literal["generate", "forward", "part"]
 
 #: Held by whoever changes what is published, on any model. Never taken by a model call that would have to wait for it.
 WRITERS = threading.RLock()
-_COUNTING = threading.Lock()
 _MODULE_CALL = nn.Module._call_impl.__code__
 
 
@@ -66,7 +66,7 @@ class Runtime:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.snapshot = EMPTY
-        self.fired: dict[tuple[str, str], torch.Tensor] | None = None
+        self.firings: Firings | None = None  #: counts of which edits fired; None while nothing is counted
         self._base: Surgery | None = None
         self._points: dict[Point, Surgery] = {}
         self._forget_calls()
@@ -78,7 +78,7 @@ class Runtime:
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: vars(self)[key] for key in ("model", "snapshot", "fired", "_base", "_points")}
+        return {key: vars(self)[key] for key in ("model", "snapshot", "firings", "_base", "_points")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -203,7 +203,7 @@ class Runtime:
         parts = call.snapshot.at.get(site)
         if parts is None or x is None:
             return None
-        return add_patches(parts, x, y, call.route, self._count if self.fired is not None else None)
+        return add_patches(parts, x, y, call.route, self.firings)
 
     def _call(self) -> Call:
         pins = self._thread.pins
@@ -242,12 +242,6 @@ class Runtime:
                     UserWarning,
                     stacklevel=2,
                 )
-
-    def _count(self, part: PreparedPart, positive: torch.Tensor) -> None:
-        number, key = positive.sum(), (part.set_name, part.name)
-        with _COUNTING:
-            if self.fired is not None:
-                self.fired[key] = self.fired[key] + number if key in self.fired else number
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:

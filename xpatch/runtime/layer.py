@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from xpatch.ops import dense, lowrank, mask, patch_ffn
 from xpatch.patches.types import LowRankDelta, PatchNeurons
+from xpatch.runtime.firings import Firings
 from xpatch.runtime.routing import Route, spread
 from xpatch.runtime.snapshot import PreparedPart, compute_dtype
 
-Fired = Callable[[PreparedPart, torch.Tensor], None]
-
 
 def add_patches(
-    parts: tuple[PreparedPart, ...], x: torch.Tensor, y: torch.Tensor, route: Route, fired: Fired | None = None
+    parts: tuple[PreparedPart, ...], x: torch.Tensor, y: torch.Tensor, route: Route, firings: Firings | None = None
 ) -> torch.Tensor:
     """`y + Σ patch(x)` over the parts each row gets: x `[..., D_in]`, y `[..., D_out]` -> as y, with y's dtype and device.
 
     The sum is formed in `compute_dtype(y.dtype)` and rounded once to y's dtype; a row that gets no part keeps its bits.
-    `fired(part, positive)`, where firings are counted, gets which of a part's neurons `[..., N]` are above zero. Differentiable.
+    `firings`, where given, counts the neurons above zero. Differentiable.
     """
     dtype = compute_dtype(y.dtype)
     with _no_autocast(y.device):
@@ -33,7 +31,7 @@ def add_patches(
             if keep is False:
                 continue
             here = _column(torch.tensor(keep, device=y.device), y) if isinstance(keep, tuple) else None
-            delta = _delta(part, x, route, here, fired)
+            delta = _delta(part, x, route, here, firings)
             if here is not None:
                 delta = torch.where(here, delta, 0)
                 touched = touched if touched is True else here if touched is False else touched | here
@@ -47,7 +45,7 @@ def add_patches(
 
 
 def _delta(
-    part: PreparedPart, x: torch.Tensor, route: Route, here: torch.Tensor | None, fired: Fired | None
+    part: PreparedPart, x: torch.Tensor, route: Route, here: torch.Tensor | None, firings: Firings | None
 ) -> torch.Tensor:
     """One part's own `[..., D_out]`: masked, computed, masked, gated (on the part's unmasked input)."""
     tensors = part.tensors.on(x.device, x.dtype)
@@ -55,9 +53,9 @@ def _delta(
     entered = x if language is None else mask(x, tensors["mask_inner"], language)
     if isinstance(part.part, PatchNeurons):
         delta = patch_ffn(entered, tensors["keys"], tensors["bias"], tensors["values"], part.part.activation)
-        if fired is not None:
+        if firings is not None:
             positive = torch.nn.functional.linear(entered.detach(), tensors["keys"], tensors["bias"]) > 0
-            fired(part, positive if here is None else positive & here)
+            firings.record(part, positive if here is None else positive & here, route)
     elif isinstance(part.part, LowRankDelta):
         delta = lowrank(entered, tensors["down"], tensors["up"])
     else:

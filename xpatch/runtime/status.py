@@ -9,6 +9,7 @@ from torch import nn
 from xpatch.ops.native import backend_for
 from xpatch.patches.types import PatchNeurons
 from xpatch.runtime.attach import WRITERS, Runtime, runtime_of
+from xpatch.runtime.firings import Firings
 from xpatch.runtime.snapshot import PreparedPart, compute_dtype
 
 
@@ -88,17 +89,16 @@ def status_of(model: nn.Module, count: bool | None) -> Status:
         return Status()
     if count is not None:
         with WRITERS:
-            runtime.fired = {} if count else None
-    snapshot, fired = runtime.snapshot, runtime.fired
-    totals = None if fired is None else {key: int(value) for key, value in list(fired.items())}
+            runtime.firings = Firings() if count else None
+    snapshot, firings = runtime.snapshot, runtime.firings
     parts = [part for applied in snapshot.sets.values() for part in applied.parts]
     return Status(
         sets=tuple(SetStatus(item.name, item.fingerprint, len(item.patches)) for item in snapshot.sets.values()),
-        parts=tuple(_part(runtime, part, totals) for part in parts),
+        parts=tuple(_part(runtime, part, firings) for part in parts),
     )
 
 
-def _part(runtime: Runtime, part: PreparedPart, totals: dict[tuple[str, str], int] | None) -> PartStatus:
+def _part(runtime: Runtime, part: PreparedPart, firings: Firings | None) -> PartStatus:
     neurons = isinstance(part.part, PatchNeurons)
     return PartStatus(
         set_name=part.set_name,
@@ -108,7 +108,7 @@ def _part(runtime: Runtime, part: PreparedPart, totals: dict[tuple[str, str], in
         count=part.part.count,
         bytes=part.part.nbytes,
         kernel=_kernel(runtime.model, part) if neurons else "reference",
-        fired=totals.get((part.set_name, part.name), 0) if totals is not None and neurons else None,
+        fired=firings.total(part) if firings is not None and neurons else None,
     )
 
 
