@@ -181,42 +181,6 @@ def test_wrong_arguments(tiny):
         xpatch.apply(model, one(neurons()), name="")
 
 
-@pytest.mark.parametrize("how", ["wrapper", "wrapped", "method", "part", "forward"])
-@torch.no_grad()
-def test_compiled_models_are_refused(tiny, token_ids, how):
-    model = target = tiny("bert")
-    wrapper = None
-    if how == "wrapper":
-        target = torch.compile(model, backend="eager")
-    elif how == "wrapped":
-        wrapper = torch.compile(model, backend="eager")
-    elif how == "method":
-        model.compile(backend="eager")
-    elif how == "part":
-        model.bert.encoder = torch.compile(model.bert.encoder, backend="eager")
-    else:
-        model.forward = torch.compile(model.forward, backend="eager")
-    with pytest.raises(ConflictError, match="cannot be patched because .*compile"):
-        xpatch.apply(target, one(neurons()))
-    assert sum(map(sum, hooks(model))) == 0
-    del wrapper
-
-
-@torch.no_grad()
-def test_a_patched_model_that_is_compiled_later_refuses_to_answer(tiny, token_ids):
-    model = tiny("bert")
-    base = model(token_ids).logits
-    xpatch.apply(model, one(neurons()))
-    patched = model(token_ids).logits
-    compiled = torch.compile(model, backend="eager")
-    for _ in range(2):
-        with pytest.raises(ConflictError, match="has patches applied and runs under torch.compile"):
-            compiled(token_ids)
-    assert torch.equal(model(token_ids).logits, patched)
-    xpatch.remove(model)
-    torch.testing.assert_close(compiled(token_ids).logits, base)
-
-
 @pytest.mark.parametrize("family", ["bert", "gpt2-lm"])
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @torch.no_grad()

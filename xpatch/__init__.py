@@ -17,23 +17,27 @@ from xpatch._version import __version__
 from xpatch.errors import BackendError, ConflictError, FormatError, MismatchError, XpatchError
 
 if TYPE_CHECKING:
-    from xpatch.api import Rows, apply, disabled, remove, rows, status
+    from xpatch.api import Rows, apply, disabled, prepare, remove, rows, status
     from xpatch.editors import edit, methods
     from xpatch.evaluation import evaluate
     from xpatch.patches.requests import EditRequest, Version
     from xpatch.patches.store import load, save
     from xpatch.patches.types import DenseDelta, Gate, LanguageMask, LowRankDelta, PatchNeurons, PatchSet
+    from xpatch.store import PatchStore
+    from xpatch.upgrade import retrain
 
 _HOME = {
-    "xpatch.api": ("Rows", "apply", "disabled", "remove", "rows", "status"),
+    "xpatch.api": ("Rows", "apply", "disabled", "prepare", "remove", "rows", "status"),
     "xpatch.editors": ("edit", "methods"),
     "xpatch.evaluation": ("evaluate",),
     "xpatch.patches.requests": ("EditRequest", "Version"),
     "xpatch.patches.store": ("load", "save"),
     "xpatch.patches.types": ("DenseDelta", "Gate", "LanguageMask", "LowRankDelta", "PatchNeurons", "PatchSet"),
+    "xpatch.store": ("PatchStore",),
+    "xpatch.upgrade": ("retrain",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_SUBMODULES = ("benchmarks", "editors", "evaluation", "exporters", "models", "ops", "patches", "zoo")
+_SUBMODULES = ("benchmarks", "editors", "evaluation", "exporters", "models", "ops", "patches", "store", "zoo")
 
 __all__ = [
     "BackendError",
@@ -47,6 +51,7 @@ __all__ = [
     "MismatchError",
     "PatchNeurons",
     "PatchSet",
+    "PatchStore",
     "Rows",
     "Version",
     "XpatchError",
@@ -57,7 +62,9 @@ __all__ = [
     "evaluate",
     "load",
     "methods",
+    "prepare",
     "remove",
+    "retrain",
     "rows",
     "save",
     "status",

@@ -1,4 +1,4 @@
-"""The main path: apply, remove, rows, disabled, status, save, load."""
+"""The main path: apply, remove, rows, disabled, prepare, status, save, load."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any, TypeVar
 from torch import nn
 
 from xpatch.errors import ConflictError, MismatchError
+from xpatch.models.wrappers import unwrapped
 from xpatch.patches.identity import check_fit
 from xpatch.patches.store import load, save
 from xpatch.patches.types import PatchSet
 from xpatch.runtime.attach import WRITERS, Runtime, runtime_of
-from xpatch.runtime.compiled import refuse_compiled
+from xpatch.runtime.capacity import Capacity
+from xpatch.runtime.compiled import drop_compiled_code, guard_on_hooks, is_compiled, refuse_compiled, refuse_script
 from xpatch.runtime.routing import BASE, Rows, rows, switched_off
-from xpatch.runtime.snapshot import Snapshot, prepare
+from xpatch.runtime.snapshot import Snapshot, point_at, prepare_set
 from xpatch.runtime.status import Status, status_of
 
-__all__ = ["Rows", "Status", "apply", "disabled", "load", "remove", "rows", "save", "status"]
+__all__ = ["Rows", "Status", "apply", "disabled", "load", "prepare", "remove", "rows", "save", "status"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,19 +35,25 @@ def apply(
     what they began with; every later one sees the new state. tokenizer: checked too where given. allow: checks of the base to
     relax, by the names `MismatchError` gives them.
 
+    A model that `torch.compile` compiled before needs `prepare` first; one that is compiled later needs nothing. model may be wrapped
+    (`torch.compile`, DataParallel, PEFT): the patches go on the model behind the wrapper.
+
     Raises `MismatchError` (made for another base, or a site that is not there), `ConflictError` (a compiled model, a reserved
     name). Whatever is raised, the model is as it was.
     """
     _check_arguments(model, patches)
-    refuse_compiled(model, look_for_wrapper=runtime_of(model) is None)  # what is patched refuses to run compiled anyway
+    target = unwrapped(model)
+    if runtime_of(target) is None:
+        refuse_script(target)
+        refuse_compiled(target)
     if patches.base is not None:
-        check_fit(patches, model, tokenizer=tokenizer, allow=tuple(allow))
+        check_fit(patches, target, tokenizer=tokenizer, allow=tuple(allow))
     name = _name(patches, name)
-    applied = prepare(model, patches, name)
     with WRITERS:
-        runtime = runtime_of(model) or Runtime(model)
-        sets = {**runtime.snapshot.sets, name: applied}
-        runtime.publish(Snapshot.of(sets, runtime.snapshot.version + 1))
+        runtime = runtime_of(target) or Runtime(target)
+        applied = prepare_set(target, patches, name, lambda: runtime.sites)
+        guard_on_hooks()
+        runtime.publish(Snapshot.of({**runtime.snapshot.sets, name: applied}, runtime.snapshot.version + 1))
     runtime.settle()
     return model
 
@@ -56,11 +64,12 @@ def remove(model: Model, name: str | None = None) -> Model:
     Raises `MismatchError` listing the names there are, where none is called `name`.
     """
     with WRITERS:
-        runtime = runtime_of(model)
+        target = unwrapped(model)
+        runtime = runtime_of(target)
         sets = dict(runtime.snapshot.sets) if runtime is not None else {}
         if name is not None and name not in sets:
             raise MismatchError(
-                f"no patch set is called {name!r} on this {type(model).__name__}; applied are {_listed(sets)}"
+                f"no patch set is called {name!r} on this {type(target).__name__}; applied are {_listed(sets)}"
             )
         if runtime is None:
             return model
@@ -70,9 +79,68 @@ def remove(model: Model, name: str | None = None) -> Model:
     return model
 
 
+def prepare(
+    model: Model,
+    sites: str | Iterable[str] | None = None,
+    *,
+    capacity: int | None = None,
+    activation: str = "relu",
+    off: bool = False,
+) -> Model:
+    """Put up the sites where patches will join, before there are any; returns the same model, which answers as before.
+
+    For models under `torch.compile`: a prepared site is part of the compiled code, and applying or removing patches there never
+    compiles anything again (patches at other sites do, once). A model that is compiled already drops its code, as does everything
+    else compiled in this process, and compiles again on its next call. A prepared model also takes `xpatch=Rows(...)` while no
+    patches are applied, so servers can prepare once and pass it always. `prepare(model, off=True)` takes the sites down again.
+
+    sites: names of FFNs or linear layers (`xpatch inspect --model DIR` lists them), or "all" FFNs; by default the final FFN.
+    capacity: also make room for so many neurons of `activation` at each of these FFNs, for CUDA graphs captured from the model's
+    calls: replays see patches swapped between them. Such a capture cannot hold a row choice, gates, masks or other forms.
+
+    Raises `MismatchError` (a site that is not there), `ConflictError` (TorchScript; applied patches that do not fit the capacity).
+    """
+    if not isinstance(model, nn.Module):
+        raise MismatchError(f"prepare(model): expected a torch.nn.Module; found {type(model).__name__}")
+    target = unwrapped(model)
+    with WRITERS:
+        runtime = runtime_of(target)
+        if off:
+            if runtime is not None:
+                runtime.capacity = None
+                runtime.publish(runtime.snapshot, prepared={})
+                runtime.settle()
+            return model
+        refuse_script(target)
+        compiled = is_compiled(target) is not None
+        runtime = runtime or Runtime(target)
+        found = runtime.sites
+        if sites is None:
+            names = [found[-1].name]
+        elif isinstance(sites, str):
+            names = [site.name for site in found] if sites == "all" else [sites]
+        else:
+            names = list(sites)
+        points = {name: point_at(target, name, found) for name in names}
+        room = None
+        if capacity is not None:
+            ffns = {site.name for site in found}
+            chosen = {name: point for name, (point, _) in points.items() if name in ffns}
+            widths = {name: width for name, (_, (width, _)) in points.items()}
+            room = Capacity(target, chosen, widths, capacity, activation)
+            room.write(runtime.snapshot)
+        guard_on_hooks()
+        runtime.publish(runtime.snapshot, prepared={name: point for name, (point, _) in points.items()})
+        runtime.capacity = room
+        if compiled:
+            drop_compiled_code()
+            guard_on_hooks()
+    return model
+
+
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Within `with disabled(model):` the model answers as its base does, bit for bit; for this thread or task only."""
-    return switched_off(model)
+    return switched_off(unwrapped(model))
 
 
 def status(model: nn.Module, *, count: bool | None = None) -> Status:

@@ -92,7 +92,8 @@ def test_a_failing_call_lets_go_of_its_state(tiny, token_ids, patch_of):
         model(token_ids)
     handle.remove()
     runtime = runtime_of(model)
-    assert not runtime._active and not runtime._thread.pins and not runtime._thread.inputs
+    assert not runtime._active and not runtime._thread.pins
+    assert all(slot.x is None for slot in runtime._slots.values())
     xpatch.remove(model)
     assert runtime_of(model) is None and torch.equal(model(token_ids).logits, base)
 

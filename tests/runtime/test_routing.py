@@ -98,6 +98,71 @@ def test_generate_takes_rows_too(tiny, token_ids, patch_of):
         assert torch.equal(model.generate(token_ids, **options), mixed)
     with xpatch.disabled(model):
         assert torch.equal(model.generate(token_ids, **options), base)
-    with pytest.raises(MismatchError, match="names 3 rows but a patched layer sees 6"):
-        model.generate(token_ids, xpatch=Rows(patches=names), num_beams=2, **options)
-    assert torch.equal(model.generate(token_ids, **options), patched)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2-lm", "llama", "t5"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"num_beams": 3, "do_sample": False},
+        {"num_beams": 3, "num_return_sequences": 2, "do_sample": False},
+        {"num_beams": 2, "use_cache": False, "do_sample": False},
+    ],
+)
+def test_beams_and_returned_sequences_follow_their_row(tiny, token_ids, patch_of, family, how):
+    """Each row gets the sequences it gets alone, whatever the other rows of the batch are given."""
+    model = tiny(family)
+    for name, seed in (("a", 1), ("b", 2)):
+        xpatch.apply(model, patch_of(model, "neurons", seed=seed, layer=-1), name=name)
+    options = {"max_new_tokens": 4, "pad_token_id": 0, **how}
+    token_ids = token_ids.repeat(1, 1)
+    choices = ["a", "__base__", ("a", "b")]
+    per_row = [
+        model.generate(token_ids, xpatch=Rows(patches=[choice] * 3), **options).chunk(3)[row]
+        for row, choice in enumerate(choices)
+    ]
+    found = model.generate(token_ids, xpatch=Rows(patches=choices), **options).chunk(3)
+    for row in range(3):
+        assert torch.equal(_trimmed(found[row]), _trimmed(per_row[row]))
+    assert not torch.equal(_trimmed(per_row[1]), _trimmed(model.generate(token_ids, **options).chunk(3)[1]))
+    with pytest.raises(MismatchError, match="has 2 entries but the batch has 3 rows"):
+        model.generate(token_ids, xpatch=Rows(patches=["a", "b"]), **options)
+
+
+@torch.no_grad()
+def test_sampled_sequences_follow_their_row(tiny, token_ids, patch_of):
+    model = tiny("gpt2-lm")
+    xpatch.apply(model, patch_of(model, "neurons"), name="a")
+    options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 3, "pad_token_id": 0}
+
+    def sampled(patches):
+        torch.manual_seed(3)
+        return model.generate(token_ids, xpatch=Rows(patches=patches), **options)
+
+    base, mixed, patched = sampled("__base__"), sampled(["__base__", "a", "__base__"]), sampled("a")
+    rows = slice(3, 6)
+    first = token_ids.shape[1]  # the first sampled token depends on nothing but the row's own logits and the seed
+    assert torch.equal(mixed[:3, first], base[:3, first]) and torch.equal(mixed[6:, first], base[6:, first])
+    assert torch.equal(mixed[rows, first], patched[rows, first])
+    assert not torch.equal(patched[:, first], base[:, first])
+
+
+@torch.no_grad()
+def test_masks_follow_the_language_of_each_beam(tiny, token_ids, patch_of):
+    model = tiny("gpt2-lm")
+    xpatch.apply(model, patch_of(model, "neurons", mask=True), name="a")
+    options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    alone = [
+        model.generate(token_ids, xpatch=Rows(languages=language), **options)[row]
+        for row, language in enumerate(("en", "de", "fr"))
+    ]
+    together = model.generate(token_ids, xpatch=Rows(languages=["en", "de", "fr"]), **options)
+    for row in range(3):
+        assert torch.equal(_trimmed(together[row : row + 1]), _trimmed(alone[row].unsqueeze(0)))
+
+
+def _trimmed(sequences):
+    """Without the padding at the end, whose length depends on the other rows."""
+    kept = int((sequences != 0).any(0).nonzero().max()) + 1
+    return sequences[:, :kept]

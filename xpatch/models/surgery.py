@@ -24,9 +24,9 @@ class Surgery:
         """Call `hook(module, args[, kwargs])` before `module` computes."""
         self._handles.append(module.register_forward_pre_hook(hook, prepend=first, with_kwargs=kwargs))
 
-    def after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
-        """Call `hook(module, args, output)` after `module` computed; with `always`, also when it failed."""
-        self._handles.append(module.register_forward_hook(hook, always_call=always))
+    def after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False, kwargs: bool = False) -> None:
+        """Call `hook(module, args[, kwargs], output)` after `module` computed; with `always`, also when it failed."""
+        self._handles.append(module.register_forward_hook(hook, always_call=always, with_kwargs=kwargs))
 
     def attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """Shadow a method of `module`'s class by an attribute of this one object."""

@@ -11,53 +11,30 @@ import threading
 import warnings
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from xpatch.models.anatomy import FFNSite, find_ffn_sites
 from xpatch.models.surgery import Surgery
+from xpatch.models.wrappers import plain_name, unwrapped
+from xpatch.runtime import graph
+from xpatch.runtime.calls import BASE_CALL, Call, Kind, Pins, Slot, ThreadState
+from xpatch.runtime.capacity import Capacity, is_capturing
 from xpatch.runtime.firings import Firings
-from xpatch.runtime.hooks import Add, Beside, Enter, Exit, Generate, Keep
+from xpatch.runtime.hooks import Enter
+from xpatch.runtime.install import install_base, install_point
 from xpatch.runtime.layer import add_patches
-from xpatch.runtime.routing import EVERYTHING, Route, Rows, batch_of, is_switched_off, resolve, rows_in_context
+from xpatch.runtime.recompute import Recall
+from xpatch.runtime.routing import Rows, is_switched_off, resolve, rows_in_context
 from xpatch.runtime.snapshot import EMPTY, Point, Snapshot
-
-Kind = Literal["generate", "forward", "part"]
 
 #: Held by whoever changes what is published, on any model. Never taken by a model call that would have to wait for it.
 WRITERS = threading.RLock()
 _MODULE_CALL = nn.Module._call_impl.__code__
-
-
-class Call:
-    """One outermost call: the snapshot it sees from beginning to end, and what its rows get."""
-
-    __slots__ = ("route", "snapshot")
-
-    def __init__(self, snapshot: Snapshot, route: Route = EVERYTHING) -> None:
-        self.snapshot = snapshot
-        self.route = route
-
-
-_BASE_CALL = Call(EMPTY)
-
-
-class _Pins(dict[Kind, Call]):
-    """The pins of one thread: gone when the thread is (a plain dict has no weak references)."""
-
-
-class _Thread(threading.local):
-    """What one thread is in the middle of: its pins, and FFN inputs between up and down.
-
-    `newcomer` until it is known that the thread is in no call that began before the hooks were up.
-    """
-
-    def __init__(self) -> None:
-        self.pins = _Pins()
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.newcomer = True
 
 
 class Runtime:
@@ -67,36 +44,72 @@ class Runtime:
         self.model = model
         self.snapshot = EMPTY
         self.firings: Firings | None = None  #: counts of which edits fired; None while nothing is counted
+        self.prepared: Mapping[str, Point] = {}  #: sites whose hooks stay up without patches
+        self.capacity: Capacity | None = None  #: fixed buffers, for captured graphs
+        self.places: list[str] = []  #: site names; a compiled graph knows a site by its index here
+        self._sites: list[FFNSite] | None = None
         self._base: Surgery | None = None
         self._points: dict[Point, Surgery] = {}
-        self._forget_calls()
+        self._slots: dict[Point, Slot] = {}
+        self._start()
 
-    def _forget_calls(self) -> None:
-        self._thread = _Thread()
-        self._active: dict[tuple[int, Kind], weakref.ref[_Pins]] = {}
+    def _start(self) -> None:
+        """What belongs to this process and this very model: it is never copied or sent."""
+        self.state = graph.register(self)
+        self._thread = ThreadState()
+        self._active: dict[tuple[int, Kind], weakref.ref[Pins]] = {}
+        self._recall = Recall()
         self._untidy = False
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: vars(self)[key] for key in ("model", "snapshot", "firings", "_base", "_points")}
+        kept = (
+            "model",
+            "snapshot",
+            "firings",
+            "prepared",
+            "capacity",
+            "places",
+            "_sites",
+            "_base",
+            "_points",
+            "_slots",
+        )
+        return {key: vars(self)[key] for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget_calls()
+        self._start()
+
+    @property
+    def sites(self) -> list[FFNSite]:
+        """The model's FFNs, looked for once; compiled parts keep the names they had before."""
+        if self._sites is None:
+            self._sites = [_plainly_named(site) for site in find_ffn_sites(self.model)]
+        return self._sites
+
+    def place_of(self, site: str) -> int:
+        """The number by which a compiled graph knows a site."""
+        if site not in self.places:
+            self.places.append(site)
+        return self.places.index(site)
 
     # Writers, with WRITERS held.
 
-    def publish(self, snapshot: Snapshot) -> None:
+    def publish(self, snapshot: Snapshot, prepared: Mapping[str, Point] | None = None) -> None:
         """Make `snapshot` what every later call sees. If this fails the model is exactly as before."""
-        base, points = self._base, {}
+        base, points, slots = self._base, {}, {}
+        wanted = {**(self.prepared if prepared is None else prepared), **snapshot.points}
         try:
             if base is None:
                 base = Surgery()
-                self._install_base(base)
-            for point in snapshot.points.values():
+                install_base(self, base)
+            for point in wanted.values():
                 if point not in self._points:
-                    points[point] = Surgery()
-                    self._install_point(point, points[point])
+                    points[point], slots[point] = Surgery(), Slot()
+                    install_point(self, point, points[point], slots[point])
+            if self.capacity is not None:
+                self.capacity.write(snapshot)
         except BaseException:
             for surgery in points.values():
                 surgery.undo()
@@ -105,58 +118,42 @@ class Runtime:
             raise
         self._base = base
         self._points |= points
+        self._slots |= slots
+        if prepared is not None:
+            self.prepared = prepared
         self.snapshot = snapshot
         self._tidy()
 
     def settle(self) -> None:
         """Take down hooks that nobody needs any more, if no call is running and no writer is at work. Never waits."""
-        while self._untidy and not self._active and WRITERS.acquire(blocking=False):
+        while self._untidy and not self._active and not self._recall and WRITERS.acquire(blocking=False):
             try:
                 self._tidy()
             finally:
                 WRITERS.release()
 
     def _tidy(self) -> None:
-        needed = set(self.snapshot.points.values())
+        needed = {*self.snapshot.points.values(), *self.prepared.values()}
         unneeded = [point for point in self._points if point not in needed]
-        idle = not self.snapshot.sets  # a set without parts is still applied: it can be named and removed
+        # A set without parts is still applied: it can be named and removed.
+        idle = not self.snapshot.sets and not self.prepared
         self._untidy = bool(unneeded) or idle  # before the look at running calls: one that ends now sees it
         for key, pins_of_thread in list(self._active.items()):
             if pins_of_thread() is None:  # the thread died in the middle of a call
                 self._active.pop(key, None)
-        if not self._untidy or self._active:
+        if not self._untidy or self._active or self._recall:
             return
         self._untidy = False
         for point in unneeded:
             self._points.pop(point).undo()
+            self._slots.pop(point, None)
         if idle and self._base is not None:
             self._base.undo()
             self._base = None
 
-    def _install_base(self, surgery: Surgery) -> None:
-        # An exit without its entry does nothing; an entry without its exit would leave a pin. Exits go up first, come down last.
-        parts = [child for child in self.model.children() if any(True for _ in child.children())]
-        for child in parts:
-            surgery.after(child, Exit(self, "part"), always=True)
-        surgery.after(self.model, Exit(self, "forward"), always=True)
-        for child in parts:
-            surgery.before(child, Enter(self, "part"), first=True, kwargs=True)
-        surgery.before(self.model, Enter(self, "forward"), first=True, kwargs=True)
-        own = vars(self.model).get("generate")
-        if own is not None or callable(getattr(type(self.model), "generate", None)):
-            surgery.attribute(self.model, "generate", Generate(self, own))
-
-    def _install_point(self, point: Point, surgery: Surgery) -> None:
-        adds = self.model.get_submodule(point.adds)
-        if point.reads == point.adds:
-            surgery.after(adds, Beside(self, point.site))
-        else:
-            surgery.after(adds, Add(self, point.site))
-            surgery.before(self.model.get_submodule(point.reads), Keep(self, point.site))
-
     # Readers, from the hooks.
 
-    def enter(self, kind: Kind, rows: Rows | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+    def enter(self, kind: Kind, rows: Rows | None, batch: int | None) -> Call | None:
         """Pin the published snapshot unless an enclosing call has. Returns the pin of this kind that was there before."""
         pins = self._thread.pins
         outer = pins.get("generate")
@@ -164,15 +161,13 @@ class Runtime:
             if outer is not None or (kind == "part" and "forward" in pins):
                 return None
             pins.pop("part", None)  # left by a call that was interrupted outside Python's exceptions handling
-        key = (threading.get_ident(), kind)
-        self._active[key] = weakref.ref(
-            pins
-        )  # before the snapshot is read: a writer that missed this entry has published already
+        # Before the snapshot is read: a writer that missed this entry has published already.
+        self._active[(threading.get_ident(), kind)] = weakref.ref(pins)
         try:
-            pins[kind] = self._begin(kind, rows, args, kwargs)
+            pins[kind] = self._begin(kind, rows, batch)
         except BaseException:
             if outer is None:
-                self._active.pop(key, None)
+                self._active.pop((threading.get_ident(), kind), None)
                 self.settle()
             raise
         return outer
@@ -185,37 +180,48 @@ class Runtime:
             return
         if here.pins.pop(kind, None) is None:
             return
-        here.inputs.clear()
+        for slot in list(self._slots.values()):
+            slot.x = None  # of an FFN that failed between its halves
         self._active.pop((threading.get_ident(), kind), None)
         if self._untidy:
             self.settle()
 
-    def keep(self, site: str, x: torch.Tensor) -> None:
-        """The input of an FFN, until its down projection has run."""
-        if site in self._call().snapshot.at:
-            self._thread.inputs[site] = x
+    def call(self) -> Call:
+        """The call that this thread is in; outside of one, what is published now."""
+        here = self._thread
+        return here.pins.outermost() or here.recalled or self._begin("part", None, None)
 
-    def add(self, site: str, x: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor | None:
-        """The patched output, or None (as it is) where the call pinned no part here. Without `x`: the input kept before."""
-        if x is None:
-            x = self._thread.inputs.pop(site, None)
-        call = self._call()
+    def keep(self, site: str, slot: Slot, x: torch.Tensor) -> None:
+        """Put the input of an FFN into `slot`, where the call has patches there."""
+        call = self.call()
+        slot.x = x if site in call.snapshot.at or call.epoch is not None else None
+
+    def add(self, site: str, x: torch.Tensor, y: torch.Tensor, call: Call) -> torch.Tensor | None:
+        """The patched output, or None (as it is) where `call` pinned no part here."""
+        if call.epoch is not None and self.capacity is not None:
+            return self.capacity.add(site, x, y, call.epoch)
         parts = call.snapshot.at.get(site)
-        if parts is None or x is None:
-            return None
-        return add_patches(parts, x, y, call.route, self.firings)
+        return None if parts is None else add_patches(parts, x, y, call.route, self.firings)
 
-    def _call(self) -> Call:
-        pins = self._thread.pins
-        call = pins.get("generate") or pins.get("forward") or pins.get("part")
-        return call if call is not None else self._begin("part", None, (), {})
+    def begin_layer(self, x: torch.Tensor) -> None:
+        """A layer with input `x` begins: within a call remember it, outside of one (a backward pass) recall it."""
+        call = self._thread.pins.outermost()
+        if call is None:
+            self._thread.recalled = self._recall.find(x)
+        elif call.snapshot.sets:
+            self._recall.remember(x, call)
 
-    def _begin(self, kind: Kind, rows: Rows | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    def end_layer(self) -> None:
+        self._thread.recalled = None
+
+    def _begin(self, kind: Kind, rows: Rows | None, batch: int | None) -> Call:
         if is_switched_off(self.model) or (self._thread.newcomer and self._began_before_the_hooks(kind)):
-            return _BASE_CALL
+            return BASE_CALL
         snapshot = self.snapshot
         chosen = rows if rows is not None else rows_in_context()
-        route = resolve(chosen, tuple(snapshot.sets), batch_of(args, kwargs))
+        if is_capturing():
+            return Call(snapshot, epoch=Capacity.latched(self.capacity, snapshot, chosen))
+        route = resolve(chosen, tuple(snapshot.sets), batch)
         if snapshot.masked and route.languages is None:
             self._warn_of_masks(snapshot)
         return Call(snapshot, route)
@@ -244,9 +250,14 @@ class Runtime:
                 )
 
 
+def _plainly_named(site: FFNSite) -> FFNSite:
+    names: dict[str, Any] = {key: plain_name(value) for key, value in vars(site).items() if isinstance(value, str)}
+    return replace(site, **names)
+
+
 def runtime_of(model: nn.Module) -> Runtime | None:
-    """The runtime whose hooks are on `model`, or None."""
-    for hook in model._forward_pre_hooks.values():
+    """The runtime whose hooks are on `model`, or on the model behind a wrapper; None without one."""
+    for hook in unwrapped(model)._forward_pre_hooks.values():
         if isinstance(hook, Enter) and hook.kind == "forward":
             return hook.runtime
     return None

@@ -1,59 +1,97 @@
 """The objects that sit on a model. They hold nothing but their runtime, so they copy and pickle with the model.
 
-A patched model refuses to run compiled: `torch.compile` shares code between a model's layers without looking at their hooks, so
-a patch at one layer can be left out without a word.
+Each can be traced by `torch.compile`: inside a graph it leaves one operator of `xpatch.runtime.graph` behind. Everywhere else it
+runs as plain Python, which no compiler may look into.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from xpatch.runtime.compiled import refuse_compiler
+from xpatch.runtime.calls import Slot
+from xpatch.runtime.compiled import guard_on_hooks
+from xpatch.runtime.graph import KINDS, number_tensor
+from xpatch.runtime.routing import batch_of
 
 if TYPE_CHECKING:
-    from xpatch.runtime.attach import Kind, Runtime
+    from xpatch.runtime.attach import Runtime
+    from xpatch.runtime.calls import Kind
 
-_outside_graphs = torch.compiler.disable
-#: What evaluates this thread's frames: None, or a callable where a compiler does.
-_compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+_in_graph = torch.compiler.is_dynamo_compiling
 
 
-class Enter:
+def _not_a_graph_of_its_own(hook: type) -> type:
+    """Inside a graph the hook is traced; a compiler that meets it outside of one leaves it and all it calls alone.
+
+    (Where torch offers no such switch, the hook becomes a graph of one operator there, which does the same.)
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):
+        skip = frames._FrameAction.SKIP
+        code = hook.__call__.__code__  # type: ignore[operator]
+        frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
+    return hook
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """What a module computes on: its first argument, by position or by keyword."""
+    if args:
+        return args[0] if isinstance(args[0], torch.Tensor) else None
+    for value in kwargs.values():
+        if isinstance(value, torch.Tensor):
+            return value
+    return None
+
+
+class _Hook:
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+
+@_not_a_graph_of_its_own
+class Enter(_Hook):
     """Before the outermost call: take `xpatch=` from its arguments and pin the published snapshot."""
 
     def __init__(self, runtime: Runtime, kind: Kind) -> None:
-        self.runtime = runtime
+        super().__init__(runtime)
         self.kind = kind
 
-    @torch.compiler.disable(recursive=False)  # not traced, yet run where an active compiler can be seen
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if self.runtime.snapshot.sets and callable(_compiler()):
-            refuse_compiler(module)
         rows = kwargs.pop("xpatch", None) if self.kind == "forward" else None
-        self.runtime.enter(self.kind, rows, args, kwargs)
+        batch = batch_of(args, kwargs)
+        if _in_graph():
+            token = None if rows is None else rows.token
+            torch.ops.xpatch.enter(self.runtime.state, KINDS.index(self.kind), -1 if batch is None else batch, token)
+        else:
+            guard_on_hooks()
+            self.runtime.enter(self.kind, rows, batch)
         return args, kwargs
 
 
-class Exit:
+@_not_a_graph_of_its_own
+class Exit(_Hook):
     """After the outermost call, also a failed one: let go of the snapshot."""
 
     def __init__(self, runtime: Runtime, kind: Kind) -> None:
-        self.runtime = runtime
+        super().__init__(runtime)
         self.kind = kind
 
-    @_outside_graphs
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.runtime.exit(self.kind)
+        if _in_graph():
+            torch.ops.xpatch.leave(self.runtime.state, KINDS.index(self.kind))
+        else:
+            self.runtime.exit(self.kind)
 
 
-class Generate:
+class Generate(_Hook):
     """Stands in for `model.generate`: one call of it sees one snapshot, however many forwards it makes."""
 
     def __init__(self, runtime: Runtime, before: Any) -> None:
-        self.runtime = runtime
+        super().__init__(runtime)
         self.before = before
 
     @property
@@ -63,45 +101,93 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         rows = kwargs.pop("xpatch", None)
-        outer = self.runtime.enter("generate", rows, args, kwargs)
+        outer = self.runtime.enter("generate", rows, batch_of(args, kwargs))
         try:
             return self.__wrapped__(*args, **kwargs)
         finally:
             self.runtime.exit("generate", outer)
 
 
-class Keep:
+@_not_a_graph_of_its_own
+class Keep(_Hook):
     """Before an FFN's up projection: remember its input for the patches that join behind its down projection."""
 
-    def __init__(self, runtime: Runtime, site: str) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: Runtime, site: str, slot: Slot) -> None:
+        super().__init__(runtime)
         self.site = site
+        self.slot = slot
 
-    @_outside_graphs
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args:
-            self.runtime.keep(self.site, args[0])
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = first_tensor(args, kwargs)
+        if _in_graph():
+            self.slot.x = x
+        elif x is not None:
+            self.runtime.keep(self.site, self.slot, x)
 
 
-class Add:
+@_not_a_graph_of_its_own
+class Add(_Hook):
     """Behind an FFN's down projection: add its patches."""
 
-    def __init__(self, runtime: Runtime, site: str) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: Runtime, site: str, slot: Slot) -> None:
+        super().__init__(runtime)
         self.site = site
+        self.slot = slot
+        self.place = number_tensor(runtime.place_of(site))
 
-    @_outside_graphs
-    def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        return self.runtime.add(self.site, None, output)
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if _in_graph():
+            x = self.slot.x
+            self.slot.x = None
+            return None if x is None else _in_the_graph(self, x, output)
+        x = self.slot.take()
+        return None if x is None else _beside(self, x, output)
 
 
-class Beside:
-    """Beside one linear layer: add its deltas."""
+@_not_a_graph_of_its_own
+class Beside(_Hook):
+    """Beside one module (a linear layer, a whole block of experts): add its patches."""
 
     def __init__(self, runtime: Runtime, site: str) -> None:
-        self.runtime = runtime
+        super().__init__(runtime)
         self.site = site
+        self.place = number_tensor(runtime.place_of(site))
 
-    @_outside_graphs
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        return self.runtime.add(self.site, args[0], output) if args else None
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x = first_tensor(args, kwargs)
+        if x is None:
+            return None
+        return _in_the_graph(self, x, output) if _in_graph() else _beside(self, x, output)
+
+
+def _in_the_graph(hook: Add | Beside, x: torch.Tensor, output: Any) -> Any:
+    y = output[0] if isinstance(output, tuple) else output
+    out = torch.ops.xpatch.patched(x, y, hook.runtime.state, hook.place, torch.is_grad_enabled())[0]
+    return (out, *output[1:]) if isinstance(output, tuple) else out
+
+
+def _beside(hook: Add | Beside, x: torch.Tensor, output: Any) -> Any:
+    """The output with its patches, or None (as it is). Of several outputs the first is the hidden state."""
+    y = output[0] if isinstance(output, tuple) else output
+    out = hook.runtime.add(hook.site, x, y, hook.runtime.call())
+    return (out, *output[1:]) if isinstance(output, tuple) and out is not None else out
+
+
+@_not_a_graph_of_its_own
+class Again(_Hook):
+    """Before a layer that holds a site: if the layer is computed again for a backward pass, bring its call back."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not _in_graph() and (torch.is_grad_enabled() or module.training):
+            x = first_tensor(args, kwargs)
+            if x is not None:
+                self.runtime.begin_layer(x)
+
+
+@_not_a_graph_of_its_own
+class AgainEnd(_Hook):
+    """After such a layer."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not _in_graph():
+            self.runtime.end_layer()

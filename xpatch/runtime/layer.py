@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from xpatch.ops import dense, lowrank, mask, patch_ffn
-from xpatch.patches.types import LowRankDelta, PatchNeurons
+from xpatch.ops import dense, lowrank, mask, patch_ffn, patch_ffn_fired
+from xpatch.patches.types import Gate, LowRankDelta, PatchNeurons
 from xpatch.runtime.firings import Firings
 from xpatch.runtime.routing import Route, spread
 from xpatch.runtime.snapshot import PreparedPart, compute_dtype
@@ -19,7 +19,7 @@ def add_patches(
     """`y + Σ patch(x)` over the parts each row gets: x `[..., D_in]`, y `[..., D_out]` -> as y, with y's dtype and device.
 
     The sum is formed in `compute_dtype(y.dtype)` and rounded once to y's dtype; a row that gets no part keeps its bits.
-    `firings`, where given, counts the neurons above zero. Differentiable.
+    `firings`, where given, hears which neurons fired; the result is the same. Differentiable.
     """
     dtype = compute_dtype(y.dtype)
     with _no_autocast(y.device):
@@ -51,25 +51,40 @@ def _delta(
     tensors = part.tensors.on(x.device, x.dtype)
     language = _language(part, x, route)
     entered = x if language is None else mask(x, tensors["mask_inner"], language)
+    fired: torch.Tensor | None = None
     if isinstance(part.part, PatchNeurons):
-        delta = patch_ffn(entered, tensors["keys"], tensors["bias"], tensors["values"], part.part.activation)
-        if firings is not None:
-            positive = torch.nn.functional.linear(entered.detach(), tensors["keys"], tensors["bias"]) > 0
-            firings.record(part, positive if here is None else positive & here, route)
+        arguments = (entered, tensors["keys"], tensors["bias"], tensors["values"], part.part.activation)
+        if firings is None:
+            delta = patch_ffn(*arguments)
+        else:
+            delta, fired = patch_ffn_fired(*arguments)
     elif isinstance(part.part, LowRankDelta):
         delta = lowrank(entered, tensors["down"], tensors["up"])
     else:
         delta = dense(entered, tensors["weight"], tensors.get("bias"))
     if language is not None:
         delta = mask(delta, tensors["mask_outer"], language)
-    if part.gate is None:
-        return delta
-    with torch.no_grad():
-        if part.gate.kind == "ball":
-            opened = ball(x, tensors["gate_keys"], tensors["gate_radii"])
-        else:
-            opened = torch.linalg.vector_norm(delta, dim=-1) >= (part.gate.threshold or 0.0)
-    return torch.where(opened.unsqueeze(-1), delta, 0)
+    opened = None if part.gate is None else _opened(part.gate, x, delta, tensors)
+    if firings is not None and (fired is not None or opened is not None):
+        firings.record(part, _acting(fired, opened, here), route)
+    return delta if opened is None else torch.where(opened, delta, 0)
+
+
+@torch.no_grad()
+def _opened(gate: Gate, x: torch.Tensor, delta: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Where the gate lets the part act: `[..., 1]` bool."""
+    if gate.kind == "ball":
+        return ball(x, tensors["gate_keys"], tensors["gate_radii"]).unsqueeze(-1)
+    return torch.linalg.vector_norm(delta, dim=-1, keepdim=True) >= (gate.threshold or 0.0)
+
+
+def _acting(fired: torch.Tensor | None, opened: torch.Tensor | None, here: torch.Tensor | None) -> torch.Tensor:
+    """`[..., N]` bool (`[..., 1]` for a delta): what fired, on rows that get the part and that its gate lets through."""
+    given = [condition for condition in (fired, opened, here) if condition is not None]
+    acting = given[0]
+    for condition in given[1:]:
+        acting = acting & condition
+    return acting
 
 
 def ball(x: torch.Tensor, keys: torch.Tensor, radii: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +17,8 @@ from xpatch.errors import MismatchError
 #: The name of the unpatched model in `Rows(patches=...)`; no patch set can be called so.
 BASE = "__base__"
 _BATCHED = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "attention_mask")
+_numbers = itertools.count(1)
+_alive: weakref.WeakValueDictionary[int, Rows] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,14 @@ class Rows:
             raise MismatchError(
                 f"Rows: {len(self.languages)} languages but {len(self.patches)} patches entries; both need one entry per row"
             )
+        number = next(_numbers)
+        _alive[number] = self
+        with torch.inference_mode(False):
+            # Not a field: how a compiled graph, which may hold no Python value, is told which Rows a call was given.
+            object.__setattr__(self, "token", torch.tensor([number], dtype=torch.int64, device="cpu"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rows, (self.languages, self.patches)
 
 
 @dataclass(frozen=True)
@@ -98,12 +110,23 @@ def rows_in_context() -> Rows | None:
     return _ROWS.get()
 
 
+def rows_of_token(token: torch.Tensor) -> Rows:
+    """The `Rows` whose token `[1]` a compiled graph was called with. Raises `MismatchError` where it is gone."""
+    found = _alive.get(int(token))
+    if found is None:
+        raise MismatchError(
+            "a compiled call was given a Rows that no longer exists; keep the Rows object until the call has returned, and make it "
+            "outside of the compiled function"
+        )
+    return found
+
+
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """The number of rows of a call: the first axis of its token ids (or of its first tensor); None where there is none."""
     named = [kwargs.get(name) for name in _BATCHED]
     for value in [*named, *args, *kwargs.values()]:
         if isinstance(value, torch.Tensor) and value.ndim > 0:
-            return int(value.shape[0])
+            return value.shape[0]
     return None
 
 
@@ -118,8 +141,9 @@ def resolve(chosen: Rows | None, names: Sequence[str], batch: int | None) -> Rou
     for field, value in (("languages", chosen.languages), ("patches", chosen.patches)):
         if isinstance(value, tuple) and batch is not None and len(value) != batch:
             raise MismatchError(
-                f"Rows({field}=...) has {len(value)} entries but the batch has {batch} rows; give one entry per row"
-                " (one for each beam or returned sequence where the batch was expanded) or one string for all"
+                f"Rows({field}=...) has {len(value)} entries but the batch has {batch} rows; give one entry per row of the batch as it is "
+                "passed (beams and returned sequences follow their row), or one string for all. DataParallel splits batches: use one "
+                "string for all there"
             )
     lists = [value for value in (chosen.languages, chosen.patches) if isinstance(value, tuple)]
     length = len(lists[0]) if lists else batch
@@ -130,15 +154,19 @@ def resolve(chosen: Rows | None, names: Sequence[str], batch: int | None) -> Rou
 
 
 def spread(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """One value per batch row `[B]` -> one per leading row of x: `[B, ...]`, or `[B * T, D]` where a model flattens its tokens."""
+    """One value per batch row `[B]` -> one per leading row of x: `[B, ...]`, or `[B * k, ...]` where each row became k in a block.
+
+    So are rows laid out for beams, for several returned sequences, for the choices of a multiple-choice model, and where a model
+    flattens its tokens to `[B * T, D]`. Raises `MismatchError` for any other number of rows.
+    """
     batch, lead = values.shape[0], x.shape[0]
     if lead == batch:
         return values
-    if x.ndim == 2 and batch > 0 and lead % batch == 0:
+    if batch > 0 and lead % batch == 0:
         return values.repeat_interleave(lead // batch)
     raise MismatchError(
-        f"Rows names {batch} rows but a patched layer sees {lead} (shape {tuple(x.shape)}); the batch was expanded or split on the "
-        "way (beams, several returned sequences). Give one entry per expanded row, or one string for all rows"
+        f"Rows names {batch} rows but a patched layer sees {lead} (shape {tuple(x.shape)}), which is no multiple: the batch was split or "
+        "padded on the way (DataParallel does so). Give one string for all rows, or choose the rows inside each part of the batch"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -107,25 +107,38 @@ def _rebuild(sets: dict[str, AppliedSet], version: int) -> Snapshot:
 EMPTY = Snapshot()
 
 
-def prepare(model: nn.Module, patches: PatchSet, name: str) -> AppliedSet:
+def prepare_set(
+    model: nn.Module, patches: PatchSet, name: str, sites: Callable[[], list[FFNSite]] | None = None
+) -> AppliedSet:
     """Check that every part has its site in `model` and cast its tensors for the layer it joins. Changes nothing.
 
-    Raises `MismatchError` where a site is missing or has other widths.
+    sites: gives the model's FFNs where they were found before. Raises `MismatchError` where a site is missing or has other widths.
     """
     needs_sites = any(isinstance(part, PatchNeurons) for part in patches.parts.values())
-    sites = find_ffn_sites(model) if needs_sites else []
-    parts = tuple(_prepare_part(model, patches, name, key, sites) for key in patches.parts)
+    found = (sites() if sites is not None else find_ffn_sites(model)) if needs_sites else []
+    parts = tuple(_prepare_part(model, patches, name, key, found) for key in patches.parts)
     return AppliedSet(name, patches, patches.fingerprint, parts)
+
+
+def point_at(model: nn.Module, name: str, sites: list[FFNSite]) -> tuple[Point, tuple[int, int]]:
+    """Where patches named for the FFN (in `sites`) or the linear layer `name` join, and its (input, output) widths.
+
+    Raises `MismatchError` listing what there is.
+    """
+    if any(site.name == name for site in sites):
+        site = ffn_site(model, name, sites)
+        return Point(site.name, site.up, site.down), (site.width, site.width)
+    _, inside, outside = linear(model, name)
+    return Point(name, name, name), (inside, outside)
 
 
 def _prepare_part(model: nn.Module, patches: PatchSet, set_name: str, name: str, sites: list[FFNSite]) -> PreparedPart:
     part = patches.parts[name]
     if isinstance(part, PatchNeurons):
-        site = ffn_site(model, part.site, sites)
-        point, widths = Point(site.name, site.up, site.down), (site.width, site.width)
+        ffn_site(model, part.site, sites)  # a linear layer of that name is not enough
+        point, widths = point_at(model, part.site, sites)
     else:
-        _, inside, outside = linear(model, part.site)
-        point, widths = Point(part.site, part.site, part.site), (inside, outside)
+        point, widths = point_at(model, part.site, [])
     if part.widths != widths:
         raise MismatchError(
             f"patch set {set_name!r}, part {name!r} of form {part.form!r}: made for a layer of widths {part.widths}, but "

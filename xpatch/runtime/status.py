@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from xpatch.ops.native import backend_for
 from xpatch.patches.types import PatchNeurons
 from xpatch.runtime.attach import WRITERS, Runtime, runtime_of
-from xpatch.runtime.firings import Firings
-from xpatch.runtime.snapshot import PreparedPart, compute_dtype
+from xpatch.runtime.columns import columns
+from xpatch.runtime.firings import Firings, countable
+from xpatch.runtime.snapshot import AppliedSet, PreparedPart, compute_dtype
 
 
 @dataclass(frozen=True)
 class PartStatus:
     """One part at work. count: neurons, ranks, or 0 for a dense delta. bytes: its tensors in fp32. kernel: "native" or
-    "reference". fired: (row, neuron) pairs above zero since counting began, None while nothing is counted."""
+    "reference". fired: (row, neuron) pairs above zero since counting began, for a gated delta the rows its gate let through; None
+    while nothing is counted and for a delta without a gate, which acts on every row."""
 
     set_name: str
     part: str
@@ -30,11 +34,23 @@ class PartStatus:
 
 @dataclass(frozen=True)
 class SetStatus:
-    """One applied set. edits: entries of its ledger."""
+    """One applied set. edits: entries of its ledger. expired: how many of them are past their time and left out."""
 
     name: str
     fingerprint: str
     edits: int
+    expired: int = 0
+
+
+@dataclass(frozen=True)
+class SiteStatus:
+    """The parts of all sets at one site: how many, their neurons and ranks, bytes in fp32, and firings (None: not counted)."""
+
+    site: str
+    parts: int
+    count: int
+    bytes: int
+    fired: int | None
 
 
 @dataclass(frozen=True)
@@ -53,33 +69,27 @@ class Status:
         return tuple(dict.fromkeys(item.site for item in self.parts))
 
     @property
+    def per_site(self) -> tuple[SiteStatus, ...]:
+        """The parts added up per site, in the order of `sites`."""
+        return tuple(_site(name, [part for part in self.parts if part.site == name]) for name in self.sites)
+
+    @property
     def bytes(self) -> int:
         return sum(item.bytes for item in self.parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON."""
+        return {**dataclasses.asdict(self), "sites": [dataclasses.asdict(site) for site in self.per_site]}
 
     def __str__(self) -> str:
         if not self.sets:
             return "no patches applied"
-        lines = [f"{item.name}  {item.edits} edits  {item.fingerprint[:12]}" for item in self.sets]
+        lines = [
+            f"{item.name}  {item.edits} edits{f' ({item.expired} expired)' if item.expired else ''}  {item.fingerprint[:12]}"
+            for item in self.sets
+        ]
         head = ("set", "part", "site", "form", "count", "bytes", "kernel", "fired")
-        rows = [
-            (
-                p.set_name,
-                p.part,
-                p.site,
-                p.form,
-                str(p.count),
-                str(p.bytes),
-                p.kernel,
-                "-" if p.fired is None else str(p.fired),
-            )
-            for p in self.parts
-        ]
-        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-        lines += [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [head, *rows]
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, columns(head, [dataclasses.astuple(part) for part in self.parts])])
 
 
 def status_of(model: nn.Module, count: bool | None) -> Status:
@@ -93,13 +103,17 @@ def status_of(model: nn.Module, count: bool | None) -> Status:
     snapshot, firings = runtime.snapshot, runtime.firings
     parts = [part for applied in snapshot.sets.values() for part in applied.parts]
     return Status(
-        sets=tuple(SetStatus(item.name, item.fingerprint, len(item.patches)) for item in snapshot.sets.values()),
+        sets=tuple(_set(applied) for applied in snapshot.sets.values()),
         parts=tuple(_part(runtime, part, firings) for part in parts),
     )
 
 
+def _set(applied: AppliedSet) -> SetStatus:
+    expired = getattr(applied, "expired", ())
+    return SetStatus(applied.name, applied.fingerprint, len(applied.patches), len(expired))
+
+
 def _part(runtime: Runtime, part: PreparedPart, firings: Firings | None) -> PartStatus:
-    neurons = isinstance(part.part, PatchNeurons)
     return PartStatus(
         set_name=part.set_name,
         part=part.name,
@@ -107,8 +121,19 @@ def _part(runtime: Runtime, part: PreparedPart, firings: Firings | None) -> Part
         form=part.part.form,
         count=part.part.count,
         bytes=part.part.nbytes,
-        kernel=_kernel(runtime.model, part) if neurons else "reference",
-        fired=firings.total(part) if firings is not None and neurons else None,
+        kernel=_kernel(runtime.model, part) if isinstance(part.part, PatchNeurons) else "reference",
+        fired=firings.total(part) if firings is not None and countable(part) else None,
+    )
+
+
+def _site(name: str, parts: list[PartStatus]) -> SiteStatus:
+    counted = [part.fired for part in parts if part.fired is not None]
+    return SiteStatus(
+        site=name,
+        parts=len(parts),
+        count=sum(part.count for part in parts),
+        bytes=sum(part.bytes for part in parts),
+        fired=sum(counted) if counted else None,
     )
 
 
