@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -255,3 +256,43 @@ def test_inductor(tiny, token_ids, patch_of):
     )
     xpatch.remove(model)
     close(compiled(token_ids).logits, base)
+
+
+@torch.no_grad()
+def test_compiled_calls_in_threads_see_only_published_states(tiny, token_ids, patch_of):
+    torch.set_num_threads(1)
+    model = xpatch.prepare(tiny("bert"), "all")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    sets = {seed: both_layers(model, patch_of, seed) for seed in (1, 5)}
+
+    def answer():
+        return tuple(compiled(token_ids).logits.flatten().tolist())
+
+    states = {answer()}
+    for patches in sets.values():
+        xpatch.apply(model, patches, name="a")
+        states.add(answer())
+    assert len(states) == 3
+    seen, failures, stop = [], [], threading.Event()
+
+    def infer():
+        try:
+            with torch.no_grad():
+                while not stop.is_set():
+                    seen.append(answer())
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=infer) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for turn in range(150):
+        if turn % 5 == 4:
+            xpatch.remove(model)
+        else:
+            xpatch.apply(model, sets[(1, 5)[turn % 2]], name="a")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(seen) > 10 and set(seen) <= states

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from xpatch.errors import MismatchError
-from xpatch.patches import digests
+from xpatch.patches import digests, fits
 from xpatch.patches.digests import Digests
 
 if TYPE_CHECKING:
@@ -118,9 +118,14 @@ def check_fit(patches: PatchSet, model: torch.nn.Module, tokenizer: Any = None, 
     if patches.base is None:
         return
     sites = [layer for layer in patches.base.touched if "layer" not in allowed or _has(model, layer)]
+    labels = tuple((_labels(model) or {}).items())
+    how = (frozenset(allowed), None if tokenizer is None else tokenizer_digest(tokenizer), labels)
+    if fits.known(model, patches.base, how):
+        return
     difference = first_difference(patches.base, identify(model, tokenizer, site=sites), allow=allowed)
     if difference is not None:
         raise MismatchError(f"the patches do not fit this model: {difference}")
+    fits.remember(model, patches.base, how)
 
 
 def first_difference(expected: BaseIdentity, found: BaseIdentity, allow: Iterable[str] = ()) -> str | None:
