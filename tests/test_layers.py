@@ -26,7 +26,10 @@ ALLOWED = {
     "evaluation": {"patches", "models", "runtime", "ops", "data", "api", "xpatch"},
     "zoo": {"data", "patches", "evaluation"},
     "api": BELOW_API,
+    "store": {"patches", "evaluation", "api"},
+    "watch": {"models", "patches", "ops", "runtime", "evaluation", "api"},
     "xpatch": {*BELOW_API, "api"},
+    "upgrade": {*BELOW_API, "api"},
     "exporters": {"patches", "models", "ops"},
     # Only public names.
     "benchmarks": {"xpatch", "zoo", "data", "evaluation", "exporters", "ops"},
@@ -34,8 +37,11 @@ ALLOWED = {
     "demo": {"xpatch", "zoo", "data", "evaluation", "exporters", "benchmarks", "editors", "patches"},
     "serve": {*BELOW_API, "api", "xpatch", "zoo"},
     "__main__": {"cli"},
-    "cli": {*BELOW_API, "api", "xpatch", "zoo", "doctor", "demo", "serve", "exporters", "benchmarks"},
+    "cli": {*BELOW_API, "api", "store", "watch", "xpatch", "zoo", "doctor", "demo", "serve", "exporters", "benchmarks"},
 }
+
+# Doors: a method of a value that only hands on to a room above it, imported when it is called. (module, room behind the door).
+DOORS = {("xpatch.patches.types", "watch")}  # PatchSet.check
 
 
 def python_files() -> list[tuple[Path, str]]:
@@ -101,7 +107,8 @@ def imports(path: Path, module: str) -> set[str]:
 def test_arrows_point_one_way(path, module):
     room = room_of(module)
     assert room in ALLOWED, f"{module}: no rule for the room {room!r}; add one that fits the architecture"
-    forbidden = imports(path, module) - ALLOWED[room] - {room, "errors", "_version", "_native"}
+    doors = {behind for where, behind in DOORS if where == module}
+    forbidden = imports(path, module) - ALLOWED[room] - doors - {room, "errors", "_version", "_native"}
     assert not forbidden, f"{module} imports {sorted(forbidden)}; {room} may import {sorted(ALLOWED[room])}"
 
 

@@ -20,24 +20,30 @@ if TYPE_CHECKING:
     from xpatch.api import Rows, apply, disabled, prepare, remove, rows, status
     from xpatch.editors import edit, methods
     from xpatch.evaluation import evaluate
+    from xpatch.patches.limits import Limits
     from xpatch.patches.requests import EditRequest, Version
+    from xpatch.patches.signing import sign, verify
     from xpatch.patches.store import load, save
     from xpatch.patches.types import DenseDelta, Gate, LanguageMask, LowRankDelta, PatchNeurons, PatchSet
     from xpatch.store import PatchStore
     from xpatch.upgrade import retrain
+    from xpatch.watch import explain, firings
 
 _HOME = {
     "xpatch.api": ("Rows", "apply", "disabled", "prepare", "remove", "rows", "status"),
     "xpatch.editors": ("edit", "methods"),
     "xpatch.evaluation": ("evaluate",),
+    "xpatch.patches.limits": ("Limits",),
     "xpatch.patches.requests": ("EditRequest", "Version"),
+    "xpatch.patches.signing": ("sign", "verify"),
     "xpatch.patches.store": ("load", "save"),
     "xpatch.patches.types": ("DenseDelta", "Gate", "LanguageMask", "LowRankDelta", "PatchNeurons", "PatchSet"),
     "xpatch.store": ("PatchStore",),
     "xpatch.upgrade": ("retrain",),
+    "xpatch.watch": ("explain", "firings"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_SUBMODULES = ("benchmarks", "editors", "evaluation", "exporters", "models", "ops", "patches", "store", "zoo")
+_SUBMODULES = ("benchmarks", "editors", "evaluation", "exporters", "models", "ops", "patches", "store", "watch", "zoo")
 
 __all__ = [
     "BackendError",
@@ -47,6 +53,7 @@ __all__ = [
     "FormatError",
     "Gate",
     "LanguageMask",
+    "Limits",
     "LowRankDelta",
     "MismatchError",
     "PatchNeurons",
@@ -60,6 +67,8 @@ __all__ = [
     "disabled",
     "edit",
     "evaluate",
+    "explain",
+    "firings",
     "load",
     "methods",
     "prepare",
@@ -67,7 +76,9 @@ __all__ = [
     "retrain",
     "rows",
     "save",
+    "sign",
     "status",
+    "verify",
 ]
 
 

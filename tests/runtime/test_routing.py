@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import threading
 
 import pytest
@@ -70,7 +71,7 @@ def test_the_context_form_and_the_argument_that_wins(served, token_ids):
         (lambda: Rows(languages=["en"], patches=["a", "b"]), "1 languages but 2 patches entries"),
         (lambda: Rows(patches=[["a", "__base__"]] * 3), "'__base__' means no patches and cannot be combined"),
         (lambda: Rows(patches=[1, 2, 3]), "row 0: expected a name, a list of names or '__base__'; found 1"),
-        (lambda: Rows(languages=[None] * 3), "row 0: expected a language code; found None"),
+        (lambda: Rows(languages=[3] * 3), "row 0: expected a language code, .auto. or None; found 3"),
         (lambda: Rows(patches=3), "expected a string or a list, one entry per row; found 3"),
         (lambda: {"patches": "a"}, r"takes xpatch.Rows\(languages=..., patches=...\); found dict"),
     ],
@@ -166,3 +167,31 @@ def _trimmed(sequences):
     """Without the padding at the end, whose length depends on the other rows."""
     kept = int((sequences != 0).any(0).nonzero().max()) + 1
     return sequences[:, :kept]
+
+
+def test_languages_are_identified_where_they_are_not_named():
+    texts = ["Paris is the capital of France.", "Berlin ist die Hauptstadt von Deutschland.", "北京是中国的首都。"]
+    assert Rows("auto", texts=texts, candidates=["en", "de", "zh"]).languages == ("en", "de", "zh")
+    named = Rows(["fr", "auto", "auto"], texts=texts, candidates=["en", "de", "zh"])
+    assert named.languages == ("fr", "de", "zh")  # an explicit language wins over the text
+    unsure = Rows("auto", texts=["1234", *texts[1:]], candidates=["en", "de"], default="en")
+    assert unsure.languages[:2] == ("en", "de")
+    assert "texts" not in vars(named) and "Berlin" not in repr(named)
+    with xpatch.rows("auto", texts=texts, candidates=["en", "de", "zh"]) as chosen:
+        assert chosen.languages == ("en", "de", "zh")
+    with pytest.raises(MismatchError, match="texts"):
+        Rows("auto")
+    with pytest.raises(MismatchError, match="2"):
+        Rows(["en", "auto", "de"], texts=texts[:2])
+
+
+@torch.no_grad()
+def test_a_row_without_a_language_is_left_without_a_mask(tiny, token_ids, patch_of):
+    model = tiny("bert")
+    patches = patch_of(model, "neurons", mask=True)
+    xpatch.apply(model, patches, name="a")
+    found = model(token_ids, xpatch=Rows(["en", None, "fr"])).logits
+    english = model(token_ids, xpatch=Rows("en")).logits
+    unknown = model(token_ids, xpatch=Rows("fr")).logits
+    assert torch.allclose(found[0], english[0], atol=1e-6) and torch.allclose(found[1:], unknown[1:], atol=1e-6)
+    assert pickle.loads(pickle.dumps(Rows(["en", None], ["a", None]))) == Rows(["en", None], ["a", None])

@@ -7,12 +7,13 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
 
 from xpatch.errors import MismatchError
+from xpatch.runtime.languages import AUTO, THRESHOLD, fill_in
 
 #: The name of the unpatched model in `Rows(patches=...)`; no patch set can be called so.
 BASE = "__base__"
@@ -25,15 +26,29 @@ _alive: weakref.WeakValueDictionary[int, Rows] = weakref.WeakValueDictionary()
 class Rows:
     """What each of the B rows of a batch gets.
 
-    languages: one code for all rows or B codes. patches: per row the name of an applied set, a list of names, "__base__" (none),
-    or None (all sets); a single string holds for all rows. Without `patches` every row gets every set.
-    Raises `MismatchError` for anything else, and when both are given with different lengths.
+    languages: one code for all rows or B codes; "auto" in place of a code has it identified from the row's text (py3langid, extra
+    `[lid]`), None names none. patches: per row the name of an applied set, a list of names, "__base__" (none), or None (all sets);
+    a single string holds for all rows. Without `patches` every row gets every set.
+
+    For "auto": texts, one per row; candidates, the languages that can occur (the masks' own: naming them leaves far fewer rows
+    undecided); below `threshold`, a probability, a row gets the language `default`. The texts are read here and not kept.
+    Raises `MismatchError` for anything else, and when both are given with different lengths; `BackendError` without py3langid.
     """
 
-    languages: str | Sequence[str] | None = None
+    languages: str | Sequence[str | None] | None = None
     patches: str | Sequence[str | Sequence[str] | None] | None = None
+    texts: InitVar[Sequence[str | None] | None] = None
+    default: InitVar[str | None] = None
+    threshold: InitVar[float] = THRESHOLD
+    candidates: InitVar[Sequence[str] | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(
+        self,
+        texts: Sequence[str | None] | None,
+        default: str | None,
+        threshold: float,
+        candidates: Sequence[str] | None,
+    ) -> None:
         for field, value in (("languages", self.languages), ("patches", self.patches)):
             if value is not None and not isinstance(value, str):
                 if not isinstance(value, Sequence):
@@ -43,8 +58,13 @@ class Rows:
                 object.__setattr__(self, field, tuple(value))
         if isinstance(self.languages, tuple):
             for row, language in enumerate(self.languages):
-                if not isinstance(language, str):
-                    raise MismatchError(f"Rows(languages=...), row {row}: expected a language code; found {language!r}")
+                if language is not None and not isinstance(language, str):
+                    raise MismatchError(
+                        f"Rows(languages=...), row {row}: expected a language code, {AUTO!r} or None; found {language!r}"
+                    )
+        if self.languages == AUTO or (isinstance(self.languages, tuple) and AUTO in self.languages):
+            found = fill_in(self.languages, texts, candidates=candidates, default=default, threshold=threshold)
+            object.__setattr__(self, "languages", found)
         if isinstance(self.patches, tuple):
             object.__setattr__(self, "patches", tuple(_names(entry, row) for row, entry in enumerate(self.patches)))
         if (
@@ -69,7 +89,7 @@ class Rows:
 class Route:
     """`Rows` resolved against the applied sets. keep: set name -> True, False or one bool per row; None: everything everywhere."""
 
-    languages: str | tuple[str, ...] | None = None
+    languages: str | tuple[str | None, ...] | None = None
     keep: Mapping[str, bool | tuple[bool, ...]] | None = None
     batch: int | None = None
 
@@ -81,10 +101,15 @@ _DISABLED: ContextVar[frozenset[int]] = ContextVar("xpatch_disabled", default=fr
 
 @contextmanager
 def rows(
-    languages: str | Sequence[str] | None = None, patches: str | Sequence[str | Sequence[str] | None] | None = None
+    languages: str | Sequence[str | None] | None = None,
+    patches: str | Sequence[str | Sequence[str] | None] | None = None,
+    **auto: Any,
 ) -> Iterator[Rows]:
-    """`Rows` for every model call in this context (this thread or task); an explicit `xpatch=` argument wins."""
-    value = Rows(languages=languages, patches=patches)
+    """`Rows` for every model call in this context (this thread or task); an explicit `xpatch=` argument wins.
+
+    auto: what `Rows` takes for languages="auto": texts, candidates, default, threshold.
+    """
+    value = Rows(languages, patches, **auto)
     token = _ROWS.set(value)
     try:
         yield value
