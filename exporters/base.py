@@ -95,6 +95,12 @@ def _slots(
         raise MismatchError(
             "expected at least one site or linear layer to put patches at, found none; name one, or leave both out"
         )
+    for ffn in ffns:
+        if ffn.experts:
+            raise MismatchError(
+                f"FFN {ffn.name!r} is a mixture of experts, found {ffn.experts} of them; expected an FFN of linear layers for a slot in "
+                "the ONNX graph. Serve this model's patches with PyTorch, or name other sites"
+            )
     unique = prefixes([*(ffn.name for ffn in ffns), *names])
     slots = [
         Slot(

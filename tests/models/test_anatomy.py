@@ -1,21 +1,11 @@
 from __future__ import annotations
 
 import pytest
-import transformers as hf
+import torch
 from torch import nn
 
 from xpatch.errors import MismatchError
-from xpatch.models.anatomy import ffn_site, final_ffn, find_ffn_sites, linear, linear_shape
-
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 100,
-}
-GROUPED = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0}
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
+from xpatch.models.anatomy import ffn_site, final_ffn, find_ffn_sites
 
 
 @pytest.mark.parametrize(
@@ -43,20 +33,63 @@ def test_sites_of_the_families(tiny, family, name, up, down, gate, activation):
 
 
 @pytest.mark.parametrize(
-    "make, count, last, gated",
+    "family, count, last, kind, stack",
     [
-        (lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)), 4, "decoder.block.1.layer.2.DenseReluDense", False),
-        (lambda: hf.MT5ForConditionalGeneration(hf.MT5Config(**T5)), 4, "decoder.block.1.layer.2.DenseReluDense", True),
+        ("t5", 4, "decoder.block.1.layer.2.DenseReluDense", "plain", "decoder"),
+        ("mt5", 4, "decoder.block.1.layer.2.DenseReluDense", "gated", "decoder"),
+        ("bart", 4, "model.decoder.layers.1", "plain", "decoder"),
+        ("modernbert", 2, "model.layers.1.mlp", "gated", "encoder"),
         # Attention whose q and o have the shapes of an FFN, and one linear that holds gate and up.
-        (lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**GROUPED, head_dim=16)), 2, "model.layers.1.mlp", True),
-        (lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**GROUPED)), 2, "model.layers.1.mlp", True),
+        ("gemma2", 2, "model.layers.1.mlp", "gated", "decoder"),
+        ("phi3", 2, "model.layers.1.mlp", "gated", "decoder"),
+        ("bloom", 2, "transformer.h.1.mlp", "plain", "decoder"),
+        ("gemma3-vision", 3, "model.language_model.layers.1.mlp", "gated", "decoder"),
+        ("mixtral", 2, "model.layers.1.mlp", "experts", "decoder"),
+        ("qwen2-moe", 2, "model.layers.1.mlp", "experts", "decoder"),  # not its shared expert, whose output is scaled
     ],
 )
-def test_more_shapes_of_ffn(make, count, last, gated):
-    sites = find_ffn_sites(make())
+def test_more_shapes_of_ffn(tiny, family, count, last, kind, stack):
+    sites = find_ffn_sites(tiny(family))
     assert len(sites) == count
-    assert sites[-1].name == last
-    assert (sites[-1].gate is not None) is gated
+    assert (sites[-1].name, sites[-1].kind, sites[-1].stack) == (last, kind, stack)
+    assert [site.family for site in sites] == [None] * count
+
+
+def test_a_mixture_of_experts_is_one_ffn(tiny):
+    """The place for patches is the block as a whole; sizes are read from the router and the experts."""
+    for family, inner in (("mixtral", 64), ("qwen3-moe", 16), ("jetmoe", 64), ("switch", 64)):
+        site = find_ffn_sites(tiny(family))[-1]
+        assert site.up == site.down == site.name and site.gate is None
+        assert (site.width, site.inner, site.experts, site.activation in ("silu", "relu")) == (32, inner, 4, True)
+    dense, sparse = find_ffn_sites(tiny("deepseek-v3"))
+    assert (dense.kind, sparse.kind) == ("gated", "experts")
+
+
+def test_layers_of_one_list_may_differ(tiny):
+    """Jamba: a recurrence in one layer, attention in the next; both have an FFN."""
+    sites = find_ffn_sites(tiny("jamba"))
+    assert [(site.layer, site.kind) for site in sites] == [(0, "gated"), (1, "experts")]
+
+
+def test_the_final_ffn_is_not_in_a_vision_tower(tiny):
+    model = tiny("gemma3-vision")
+    assert [site.stack for site in find_ffn_sites(model)] == ["vision", "decoder", "decoder"]
+    model.add_module("vision_again", model.model.vision_tower)
+    model.model.vision_tower = nn.Identity()
+    assert find_ffn_sites(model)[-1].stack == "vision"
+    assert final_ffn(model).name == "model.language_model.layers.1.mlp"
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", "albert", "xlm", "t5", "bloom", "llama", "gemma3-vision", "mixtral", "llama4"]
+)
+def test_no_weights_are_needed(tiny, family):
+    """A model on the meta device shows the same sites: a large folder can be inspected on a small machine."""
+    with torch.device("meta"):
+        empty = tiny(family)
+        inside = find_ffn_sites(empty)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert find_ffn_sites(empty) == inside == find_ffn_sites(tiny(family))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +112,16 @@ def test_no_ffn_says_what_was_found():
         find_ffn_sites(model)
 
 
-def test_experts_have_no_single_site():
+def test_a_model_without_ffns_says_what_it_has(tiny):
+    with pytest.raises(
+        MismatchError, match=r"no FFN was found in MambaForCausalLM.*module lists backbone.layers.*in_proj 32->"
+    ):
+        find_ffn_sites(tiny("mamba"))
+
+
+def test_loose_experts_have_no_single_site():
+    """Experts held by the layer itself: there is no module whose output is the mixture's."""
+
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -95,19 +137,9 @@ def test_experts_have_no_single_site():
 def test_wrong_names_list_what_there_is(tiny):
     model = tiny("bert")
     with pytest.raises(
-        MismatchError, match=r"no FFN named 'encoder'; it has bert.encoder.layer.0, bert.encoder.layer.1"
+        MismatchError,
+        match=r"no FFN named 'encoder'; it has bert.encoder.layer.0, bert.encoder.layer.1. `xpatch inspect",
     ):
         ffn_site(model, "encoder")
-    with pytest.raises(
-        MismatchError, match=r"no linear layer named 'bert.output.dense' \(found no such module\).*layer.1.output.dense"
-    ):
-        linear(model, "bert.output.dense")
-    with pytest.raises(MismatchError, match="found a BertLayer"):
-        linear(model, "bert.encoder.layer.0")
-
-
-def test_linear_shapes_follow_the_data_not_the_weight(tiny):
-    mlp = tiny("gpt2").transformer.h[0].mlp
-    assert linear_shape(mlp.c_fc) == (32, 64)
-    assert linear_shape(mlp.c_proj) == (64, 32)
-    assert linear_shape(nn.LayerNorm(4)) is None
+    with pytest.raises(MismatchError, match=r"layer.9, .*layer.19, .*and 22 more"):
+        ffn_site(tiny("bert", layers=30), "bert.encoder.layers.9")

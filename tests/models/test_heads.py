@@ -25,6 +25,17 @@ def test_tail_of_the_captured_rows_gives_the_logits(tiny, token_ids, family):
         assert rows.shape == (3, 32)
 
 
+@pytest.mark.parametrize("family, kind", [("mixtral", "Mixtral"), ("gpt-oss", "GptOss")])
+def test_a_mixture_of_experts_before_the_head(tiny, token_ids, family, kind):
+    """The whole block is the FFN, also where it returns its choice of experts beside its output."""
+    hf = pytest.importorskip("transformers")
+    model = getattr(hf, f"{kind}ForSequenceClassification")(tiny(family, num_labels=3).config).eval()
+    features = capture(model, {"input_ids": token_ids})
+    with torch.no_grad():
+        tail = head_of(model).tail(features.base, features.residual)
+    torch.testing.assert_close(tail, features.logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_gradients_reach_the_ffn_output(tiny, token_ids, family):
     model = tiny(family)

@@ -20,20 +20,33 @@ def load_classifier(name: str) -> tuple[Any, Any]:
     """
     from xpatch import zoo
 
-    folder = Path(name)
-    if name in zoo.MODELS and not folder.exists():
+    folder = model_folder(name)
+    if name in zoo.MODELS and folder == zoo.folder(name):
         with quiet_transformers():
             return zoo.load(name)
-    known = ", ".join(sorted(zoo.MODELS))
-    if not folder.exists():
+    return _from_pretrained(folder)
+
+
+def model_folder(name: str) -> Path:
+    """The folder `name`, or that of the bundled model of this name where there is no such folder.
+
+    Raises `XpatchError` (no such folder), `FormatError` (not a model's).
+    """
+    from xpatch import zoo
+
+    path = Path(name)
+    if name in zoo.MODELS and not path.exists():
+        return zoo.folder(name)
+    if not path.exists():
         raise XpatchError(
-            f"model folder {name} does not exist; give a folder saved with save_pretrained, or a bundled model: {known}"
+            f"model folder {name} does not exist; give a folder saved with save_pretrained, or a bundled model: "
+            f"{', '.join(sorted(zoo.MODELS))}"
         )
-    if not folder.is_dir() or not (folder / "config.json").is_file():
+    if not (path / "config.json").is_file():
         raise FormatError(
             f"{name} is not a model folder: expected a folder with config.json, as save_pretrained writes it"
         )
-    return _from_pretrained(folder)
+    return path
 
 
 def _from_pretrained(folder: Path) -> tuple[Any, Any]:

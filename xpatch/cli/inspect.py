@@ -1,4 +1,4 @@
-"""`xpatch inspect`: what a patch folder holds, or which FFN sites a model has."""
+"""`xpatch inspect`: what a patch folder holds, or where patches can stand in a model."""
 
 from __future__ import annotations
 
@@ -6,49 +6,84 @@ from typing import Annotated, Any
 
 import typer
 
-from xpatch.cli.console import print_json, stdout, table
-from xpatch.cli.inputs import load_classifier
-from xpatch.errors import XpatchError
+from xpatch.cli.console import print_json, stdout, table, warn
+from xpatch.errors import MismatchError, XpatchError
 
 SHOWN_CHARACTERS = 60
+BELOW = ("up", "down", "gate")
 
 
 def inspect(
     patches: Annotated[str | None, typer.Argument(help="Patch folder (or hf:// or another fsspec URL).")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model folder (or 'verifier'): show its FFN sites; with PATCHES, check the fit.")
+        str | None,
+        typer.Option(
+            help="Model folder (or 'verifier'): show its FFN sites without loading weights; with PATCHES, check the fit."
+        ),
     ] = None,
+    linears: Annotated[
+        bool, typer.Option("--linears", help="With --model: also list the linear layers deltas can stand beside.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show a patch folder's ledger, sites, sizes and base identity, or the FFN sites of a model, found by structure.
+    """Show a patch folder's ledger, sites, sizes and base identity, or where patches can stand in a model of any kind.
 
     Example: xpatch inspect fixes --model my-model
+
+    Example: xpatch inspect --model my-model --linears
     """
     if patches is None and model is None:
         raise XpatchError("nothing to inspect; give a patch folder, --model DIR, or both")
+    if linears and model is None:
+        raise XpatchError("--linears lists a model's layers; give --model DIR too")
     import xpatch
 
     patch_set = xpatch.load(patches) if patches is not None else None
-    classifier, tokenizer = load_classifier(model) if model is not None else (None, None)
     found: dict[str, Any] = {}
     if patch_set is not None:
         found["patches"] = describe(patch_set)
-    if classifier is not None:
-        from xpatch.models.anatomy import find_ffn_sites
+    if model is not None:
+        from xpatch.cli import any_model
 
-        found["model"] = {
-            "class": type(classifier).__name__,
-            "sites": [_site(site) for site in find_ffn_sites(classifier)],
-        }
-    if patch_set is not None and classifier is not None:
-        from xpatch.patches.identity import check_fit
-
-        check_fit(patch_set, classifier, tokenizer)
-        found["fits"] = True
+        found["model"] = describe_model(any_model.skeleton(model), linears=linears)
+        if patch_set is not None:
+            loaded, tokenizer = any_model.load(model)
+            xpatch.apply(loaded, patch_set, tokenizer=tokenizer)
+            found["fits"] = True
     if as_json:
         print_json(found)
     else:
         _print(found)
+
+
+def describe_model(model: Any, *, linears: bool) -> dict[str, Any]:
+    """A model as plain data: its class, parameters, FFN sites, and with `linears` the linear layers. Needs no weights.
+
+    Raises `MismatchError` saying what was found where there is no FFN; with `linears` that is a warning.
+    """
+    from xpatch.models import anatomy
+
+    try:
+        sites = anatomy.find_ffn_sites(model)
+    except MismatchError as error:
+        if not linears:
+            raise
+        warn(str(error))
+        sites = []
+    quantisation = getattr(getattr(model, "config", None), "quantization_config", None)
+    found: dict[str, Any] = {
+        "class": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "quantised": _method(quantisation) if quantisation is not None else None,
+        "sites": [_site(site) for site in sites],
+    }
+    if linears:
+        roles = {getattr(site, role): f"{role} of {site.name}" for site in sites for role in BELOW if not site.experts}
+        found["linears"] = [
+            {"name": item.name, "inside": item.inside, "outside": item.outside, "role": roles.get(item.name)}
+            for item in anatomy.linears(model)
+        ]
+    return found
 
 
 def describe(patches: Any) -> dict[str, Any]:
@@ -95,8 +130,17 @@ def _record(record: Any) -> dict[str, Any]:
 
 
 def _site(site: Any) -> dict[str, Any]:
-    names = ("layer", "name", "up", "down", "gate", "activation", "width", "inner")
-    return {name: getattr(site, name) for name in names}
+    return {**vars(site), "kind": site.kind}
+
+
+def _method(quantisation: Any) -> str:
+    """The name of a method of quantisation, from its entry in a configuration (a mapping or an object)."""
+    method = (
+        quantisation.get("quant_method")
+        if isinstance(quantisation, dict)
+        else getattr(quantisation, "quant_method", None)
+    )
+    return str(getattr(method, "value", method) or "unknown")
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -104,11 +148,35 @@ def _print(found: dict[str, Any]) -> None:
     if "patches" in found:
         _print_patches(console, found["patches"])
     if "model" in found:
-        names = ("layer", "name", "up", "down", "activation", "width", "inner")
-        rows = [[site[name] for name in names] for site in found["model"]["sites"]]
-        console.print(table(f"{found['model']['class']}: FFN sites", names, rows))
+        _print_model(console, found["model"])
     if found.get("fits"):
         console.print("The patch set fits this model.")
+
+
+def _print_model(console: Any, model: dict[str, Any]) -> None:
+    quantised = f", quantised ({model['quantised']})" if model["quantised"] else ""
+    console.print(f"{model['class']}: {model['parameters']:,} parameters{quantised}", markup=False)
+    rows: list[tuple[Any, ...]] = []
+    for site in model["sites"]:
+        name, experts = site["name"], site["experts"]
+        kind = f"{experts} experts" if experts else site["kind"]
+        uses = f", used {site['uses']} times" if site["uses"] > 1 else ""
+        below = [_below(name, site[role]) for role in BELOW]
+        sizes = (site["activation"], site["width"], site["inner"] or None)
+        rows.append((site["layer"], name, site["stack"], kind + uses, *below, *sizes, site["family"]))
+    columns = ["layer", "site", "stack", "kind", *BELOW, "activation", "width", "inner", "family"]
+    if not any(site["family"] for site in model["sites"]):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    if rows:
+        console.print(table("FFN sites (up, down and gate below the site's name)", columns, rows))
+    if "linears" in model:
+        names = ("name", "inside", "outside", "role")
+        console.print(table("linear layers", names, [[item[name] for name in names] for item in model["linears"]]))
+
+
+def _below(site: str, name: str | None) -> str | None:
+    """A linear's name without its site's; None for the site itself (a mixture of experts is patched as a whole)."""
+    return None if name is None or name == site else name.removeprefix(f"{site}.")
 
 
 def _print_patches(console: Any, patches: dict[str, Any]) -> None:

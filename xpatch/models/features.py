@@ -45,13 +45,14 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], site: FFNSite | str | N
     def keep_input(key: str) -> Any:
         return lambda module, args: seen.__setitem__(key, args[0])
 
+    def keep_output(module: nn.Module, args: Any, output: Any) -> None:
+        seen["base"] = output[0] if isinstance(output, tuple) else output  # of a mixture that also returns its choice
+
     with Surgery() as surgery, torch.no_grad():
         surgery.before(model.get_submodule(head.site.up), keep_input("x"))
         if head.residual_from != head.site.up:
             surgery.before(model.get_submodule(head.residual_from), keep_input("residual"))
-        surgery.after(
-            model.get_submodule(head.site.down), lambda module, args, output: seen.__setitem__("base", output)
-        )
+        surgery.after(model.get_submodule(head.site.down), keep_output)
         try:
             for module in training:
                 module.training = False

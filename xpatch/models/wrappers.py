@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-_COMPILED = "_orig_mod"
+from xpatch.patches.weights import COMPILED, innermost
 
 
 def unwrapped(model: Any) -> Any:
@@ -14,18 +14,9 @@ def unwrapped(model: Any) -> Any:
 
     Adapters stay in place: in a PEFT model the base model's own modules hold them. Anything else is returned as it is.
     """
-    seen: set[int] = set()
-    while isinstance(model, nn.Module) and id(model) not in seen:
-        seen.add(id(model))
-        if isinstance(model._modules.get(_COMPILED), nn.Module):
-            model = model._modules[_COMPILED]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(type(model), "get_base_model") and "base_model" in model._modules:
-            model = model.get_base_model()  # type: ignore[operator]
-    return model
+    return innermost(model) if isinstance(model, nn.Module) else model
 
 
 def plain_name(name: str) -> str:
     """A module's dotted name as it was before a part of the model was compiled: "encoder._orig_mod.layer.0" -> "encoder.layer.0"."""
-    return ".".join(word for word in name.split(".") if word != _COMPILED)
+    return ".".join(word for word in name.split(".") if word != COMPILED)

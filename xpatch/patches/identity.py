@@ -4,6 +4,11 @@ A digest is sha256 over the sorted names, shapes and bytes of parameters and per
 fp16-rounded and bf16-rounded. A set remembers all three, so one trained on an fp32 model fits the same model served in fp16
 or bf16. Needs no transformers: a model is anything with `named_parameters` and, for the descriptive fields, a Hugging Face
 `config`.
+
+Quantised models (bitsandbytes, torchao, torch's own ...) have linear layers whose weights compare with nothing. Where the set's
+base or the model is quantised, the checks "layer", "head" and "all_weights" are one, "all_weights": embeddings, norms and biases,
+which quantisation leaves as they are, must be the same. So a set trained on a model fits its quantised copies, and not those of
+another one; a fine-tune that changed nothing but weights of linear layers is not noticed.
 """
 
 from __future__ import annotations
@@ -12,7 +17,6 @@ import hashlib
 import json
 import weakref
 from collections.abc import Iterable
-from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,13 +25,15 @@ from pydantic import BaseModel, ConfigDict
 from xpatch.errors import MismatchError
 from xpatch.patches import digests, fits
 from xpatch.patches.digests import Digests
+from xpatch.patches.locks import new_lock
+from xpatch.patches.weights import innermost
 
 if TYPE_CHECKING:
     from xpatch.patches.types import PatchSet
 
 CHECKS = ("architecture", "width", "layers", "activation", "labels", "layer", "head", "all_weights", "tokenizer")
 _tokenizers: weakref.WeakKeyDictionary[Any, tuple[int, str]] = weakref.WeakKeyDictionary()
-_tokenizers_lock = Lock()
+_tokenizers_lock = new_lock()
 _PROBES = (
     "Paris is the capital of France.",
     "Die Größe des Flusses: 1 234,5 km!",
@@ -44,7 +50,9 @@ class BaseIdentity(BaseModel):
     architecture: class name; width D, layers, activation: from the config, None where it names none; id2label: of classifiers;
     dtype: the least precise floating dtype of the weights. all_weights, body (all but the head), head (parameters outside the
     base encoder, and its pooler; None without one), touched: layer name -> its digests; tokenizer: digest of its vocabulary and
-    of what it makes of probe texts; origin: where a quantised model came from.
+    of what it makes of probe texts; unquantised: embeddings, norms and biases alone; quantisation: the method of a quantised
+    model, whose other digests leave the quantised weights out, and origin: where it was loaded from (for people: paths differ
+    between machines).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,6 +69,8 @@ class BaseIdentity(BaseModel):
     touched: dict[str, Digests] = {}
     tokenizer: str | None = None
     origin: str | None = None
+    quantisation: str | None = None
+    unquantised: Digests | None = None
 
     @property
     def num_labels(self) -> int | None:
@@ -75,7 +85,7 @@ def identify(model: torch.nn.Module, tokenizer: Any = None, *, site: str | Itera
     the values (a write of a few numbers through `.data` can escape both). Raises `MismatchError` for a site the model lacks
     or weights that are not in memory.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = innermost(model)
     weights = digests.of_tensors(model)
     sites = [site] if isinstance(site, str) else list(site or ())
     head = _head_names(model, list(weights))
@@ -84,7 +94,7 @@ def identify(model: torch.nn.Module, tokenizer: Any = None, *, site: str | Itera
         layer = _layer_of(model, name)
         touched[layer] = digests.combined({key: value for key, value in weights.items() if key.startswith(layer + ".")})
     config = _text_config(model)
-    quantised = getattr(config, "quantization_config", None) is not None
+    quantisation = digests.quantisation(model)
     return BaseIdentity(
         architecture=type(model).__name__,
         width=_number(config, "hidden_size", "d_model", "n_embd"),
@@ -97,7 +107,9 @@ def identify(model: torch.nn.Module, tokenizer: Any = None, *, site: str | Itera
         head=digests.combined({key: weights[key] for key in head}) if head else None,
         touched=touched,
         tokenizer=None if tokenizer is None else tokenizer_digest(tokenizer),
-        origin=str(getattr(config, "_name_or_path", "") or "") or None if quantised else None,
+        origin=str(getattr(config, "_name_or_path", "") or "") or None if quantisation else None,
+        quantisation=quantisation,
+        unquantised=digests.unquantised(model, weights),
     )
 
 
@@ -152,6 +164,8 @@ def first_difference(expected: BaseIdentity, found: BaseIdentity, allow: Iterabl
         pairs.append(("all_weights", "weights outside the head", expected.body, found.body))
     else:
         pairs.append(("all_weights", "weights", expected.all_weights, found.all_weights))
+    if expected.quantisation or found.quantisation:
+        pairs = [("all_weights", _beside_quantised(expected, found), expected.unquantised, found.unquantised)]
     for check, what, wanted_digests, seen_digests in pairs:
         wanted_digest, seen_digest = (getattr(each, precision, None) for each in (wanted_digests, seen_digests))
         if check not in allowed and wanted_digest != seen_digest:
@@ -169,6 +183,18 @@ def first_difference(expected: BaseIdentity, found: BaseIdentity, allow: Iterabl
     ):
         return _sentence("tokenizer", _short(expected.tokenizer), _short(found.tokenizer))
     return None
+
+
+def _beside_quantised(expected: BaseIdentity, found: BaseIdentity) -> str:
+    sides = {"base": expected, "model": found}
+    which = " and ".join(
+        f"the {side} is quantised ({each.quantisation}{f', from {each.origin}' if each.origin else ''})"
+        for side, each in sides.items()
+        if each.quantisation
+    )
+    if expected.unquantised is None:
+        return f"weights, which an older version of xpatch did not record in a way that can be compared ({which}),"
+    return f"embeddings, norms and biases, which quantisation leaves as they are ({which}),"
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -220,7 +246,7 @@ def _common_precision(first: str, second: str) -> str:
 
 def _has(model: torch.nn.Module, name: str) -> bool:
     try:
-        getattr(model, "_orig_mod", model).get_submodule(name)
+        innermost(model).get_submodule(name)
     except AttributeError:
         return False
     return True

@@ -96,9 +96,10 @@ def _parts(ffn: TrainableFFN, site: FFNSite) -> dict[str, DenseDelta]:
 
 
 def _check(site: FFNSite) -> None:
-    if site.gate is not None:
+    if site.kind != "plain":
+        found = "gated" if site.kind == "gated" else "a mixture of experts"
         raise MismatchError(
-            f"FFN {site.name!r} is gated; fine-tuning knows FFNs of two linears; use method 't-patcher' or 'mpn'"
+            f"FFN {site.name!r} is {found}; fine-tuning knows FFNs of two linears; use method 't-patcher' or 'mpn'"
         )
     if site.activation not in ACTIVATE:
         raise MismatchError(f"FFN {site.name!r} has the activation {site.activation!r}; known: {', '.join(ACTIVATE)}")
