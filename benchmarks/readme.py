@@ -2,7 +2,7 @@
 
     python -m xpatch.benchmarks.readme README.md
 
-reads `crosslingual.json` (and, where they are, `demo.json` and the charts) from `benchmarks/results/` beside the README.
+reads `crosslingual.json` (and, where they are, `demo.json`, `swap.json` and the charts) from `benchmarks/results/` beside the README.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ def block(results: Path) -> str:
     ]
     if demo is not None:
         parts.append(_demo(demo))
+    swap = _read(results / "swap.json")
+    if swap is not None:
+        parts.append(swap_table(swap))
     return "\n\n".join(parts)
 
 
@@ -103,6 +106,46 @@ def user_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for title, field in fields.items()
     ]
     return _markdown(["method", "%", *languages], body)
+
+
+def swap_table(result: Mapping[str, Any]) -> str:
+    """Swapping against redeploying, and what the soak, the kills and the damaged files found."""
+    times = {
+        f"replace a live set of {result['patches']} patches": "swap_ms",
+        "the same, loading the set from its folder first": "load_and_swap_ms",
+        "load the model again in the same process": "reload_ms",
+        "the same, until it has answered once": "reload_answer_ms",
+        "start a new process until it has answered once": "restart_ms",
+    }
+    body = [
+        [what, f"{result[field]:.3g}", f"{result[field] / result['swap_ms']:,.0f}"]
+        for what, field in times.items()
+        if result.get(field) is not None
+    ]
+    soak, crash, fuzz = (result.get(name) for name in ("soak", "crash", "fuzz"))
+    notes = [
+        f"BERT-base shape, while {result['inference_threads']} threads infer (the new process: nothing else runs)."
+    ]
+    if soak:
+        grown = "" if soak["rss_growth"] is None else f", memory {soak['rss_growth']:+.1f} %"
+        notes.append(
+            f"{soak['threads']} threads of inference against {soak['swaps']:,} applies and removes: {soak['outputs']:,} outputs compared "
+            f"bit for bit, {soak['torn']} torn, {soak['stale']} stale, {soak['deadlocks']} deadlocks{grown}."
+        )
+    if crash:
+        notes.append(
+            f"{crash['kills']:,} kills among {crash['writes']:,} writes of a store: {crash['lost']} lost, {crash['torn']} torn."
+        )
+    if fuzz:
+        notes.append(
+            f"{fuzz['files']:,} hostile patch folders: {fuzz['crashed']} crashes, {fuzz['wrongly_accepted']} wrongly accepted."
+        )
+    if result.get("import_ratio") is not None:
+        notes.append(
+            f"`import xpatch` takes {result['import_ratio']:.2f} of `import torch`; with `xpatch.apply`, {result['import_in_use_ratio']:.2f}."
+        )
+    table = _markdown(["a fix goes live", "median (ms)", "of a swap"], body)
+    return f"{table}\n\n{' '.join(notes)}"
 
 
 def _paper_cells(row: Mapping[str, Any], languages: Sequence[str]) -> list[str]:

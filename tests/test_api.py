@@ -8,6 +8,7 @@ import torch
 
 import xpatch
 from xpatch import ConflictError, DenseDelta, LowRankDelta, MismatchError, PatchNeurons, PatchSet
+from xpatch.patches.types import EditRecord
 
 
 def neurons(site="bert.encoder.layer.1", n=3, width=32, **more):
@@ -221,3 +222,52 @@ def test_a_set_without_parts_is_listed_and_removed(tiny):
     xpatch.remove(model, "nothing")
     with pytest.raises(MismatchError, match="nothing"):
         xpatch.remove(model, "nothing")
+
+
+def expiring(site, **moments):
+    """One neuron for each edit, which ends when `moments` says."""
+    requests = {
+        id: xpatch.EditRequest(id=id, versions={"en": {"text": id, "target": "1"}}, expires=moment)
+        for id, moment in moments.items()
+    }
+    count = len(requests)
+    part = xpatch.PatchNeurons(site, torch.randn(count, 32), torch.ones(count), torch.randn(count, 32), "relu")
+    edits = tuple(
+        EditRecord(id=id, method="by-hand", status="edited", request=request, rows={"neurons": (row,)})
+        for row, (id, request) in enumerate(requests.items())
+    )
+    return xpatch.PatchSet(parts={"neurons": part}, edits=edits, name="fixes")
+
+
+@torch.no_grad()
+def test_expired_edits_are_left_out_and_named(tiny, token_ids):
+    model = tiny("bert")
+    patches = expiring("bert.encoder.layer.1", past="2020-01-31", never=None, future="2990-01-31")
+    with pytest.warns(UserWarning, match="patch set 'fixes': expired edits are not applied: 'past'"):
+        xpatch.apply(model, patches)
+    found = model(token_ids).logits
+    applied = xpatch.status(model).sets[0]
+    assert (applied.edits, applied.expired, applied.fingerprint) == (2, ("past",), patches.fingerprint)
+    assert str(xpatch.status(model)).startswith("fixes  2 edits (1 expired: past)  ")
+    assert torch.equal(xpatch.apply(model, patches.drop(["past"]), name="fixes")(token_ids).logits, found)
+    with pytest.raises(xpatch.FormatError, match="expires"):
+        xpatch.apply(model, expiring("bert.encoder.layer.1", odd="soon"), name="other")
+    assert xpatch.status(model).names == ("fixes",)
+
+
+@torch.no_grad()
+def test_only_signed_sets_are_applied_where_keys_are_asked_for(tiny, token_ids, tmp_path):
+    from xpatch.patches.keys import generate_key
+
+    for name in ("release", "other"):
+        generate_key(tmp_path / name)
+    model = tiny("bert")
+    base = model(token_ids).logits
+    patches = expiring("bert.encoder.layer.1", a=None, b=None)
+    signed = xpatch.sign(patches, tmp_path / "release")
+    for refused in (patches, xpatch.sign(patches, tmp_path / "other"), signed.drop(["a"])):
+        with pytest.raises(xpatch.FormatError):
+            xpatch.apply(model, refused, trusted_keys=[tmp_path / "release.pub"])
+        assert torch.equal(model(token_ids).logits, base) and not xpatch.status(model).names
+    xpatch.apply(model, signed, trusted_keys=[tmp_path / "release.pub"])
+    assert not torch.equal(model(token_ids).logits, base)

@@ -32,7 +32,7 @@ ALLOWED = {
     "upgrade": {*BELOW_API, "api"},
     "exporters": {"patches", "models", "ops"},
     # Only public names.
-    "benchmarks": {"xpatch", "zoo", "data", "evaluation", "exporters", "ops"},
+    "benchmarks": {"xpatch", "zoo", "data", "evaluation", "exporters", "ops", "patches"},
     "doctor": {*BELOW_API, "api", "xpatch", "zoo"},
     "demo": {"xpatch", "zoo", "data", "evaluation", "exporters", "benchmarks", "editors", "patches"},
     "serve": {*BELOW_API, "api", "xpatch", "zoo"},

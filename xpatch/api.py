@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from xpatch.errors import ConflictError, MismatchError
 from xpatch.models.wrappers import unwrapped
+from xpatch.patches.expiry import without_expired
 from xpatch.patches.identity import check_fit
 from xpatch.patches.store import load, save
 from xpatch.patches.types import PatchSet
@@ -20,38 +23,60 @@ from xpatch.runtime.routing import BASE, Rows, rows, switched_off
 from xpatch.runtime.snapshot import Snapshot, point_at, prepare_set
 from xpatch.runtime.status import Status, status_of
 
+if TYPE_CHECKING:
+    from xpatch.patches.keys import Key
+
 __all__ = ["Rows", "Status", "apply", "disabled", "load", "prepare", "remove", "rows", "save", "status"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def apply(
-    model: Model, patches: PatchSet, name: str | None = None, *, tokenizer: Any = None, allow: Iterable[str] = ()
+    model: Model,
+    patches: PatchSet,
+    name: str | None = None,
+    *,
+    tokenizer: Any = None,
+    allow: Iterable[str] = (),
+    trusted_keys: Iterable[Key] | Key | None = None,
 ) -> Model:
     """Switch a patch set on, in place; returns the same model. Its weights, classes and state dict stay as they are.
 
     name: how `remove`, `Rows` and `status` call it; by default the set's own name, else the start of its fingerprint. A set
     applied under a name that exists replaces that one; sets under different names add up. Calls that are running finish with
     what they began with; every later one sees the new state. tokenizer: checked too where given. allow: checks of the base to
-    relax, by the names `MismatchError` gives them.
+    relax, by the names `MismatchError` gives them. trusted_keys: public keys, one of which must have signed the set (`xpatch.verify`).
+    Edits that have expired are left out, and a warning names them.
 
     A model that `torch.compile` compiled before needs `prepare` first; one that is compiled later needs nothing. model may be wrapped
     (`torch.compile`, DataParallel, PEFT): the patches go on the model behind the wrapper.
 
     Raises `MismatchError` (made for another base, or a site that is not there), `ConflictError` (a compiled model, a reserved
-    name). Whatever is raised, the model is as it was.
+    name), `FormatError` (not signed by a trusted key). Whatever is raised, the model is as it was.
     """
     _check_arguments(model, patches)
+    name = _name(patches, name)
+    if trusted_keys is not None:
+        from xpatch.patches.signing import verify
+
+        verify(patches, trusted_keys)
+    current, expired = without_expired(patches)
+    if expired:
+        listed = ", ".join(map(repr, expired[:5])) + (f" and {len(expired) - 5} more" if expired[5:] else "")
+        warnings.warn(f"patch set {name!r}: expired edits are not applied: {listed}", UserWarning, stacklevel=2)
     target = unwrapped(model)
-    if runtime_of(target) is None:
+    runtime = runtime_of(target)
+    if runtime is None:
         refuse_script(target)
         refuse_compiled(target)
     if patches.base is not None:
-        check_fit(patches, target, tokenizer=tokenizer, allow=tuple(allow))
-    name = _name(patches, name)
+        served = [] if runtime is None else [applied.patches for applied in runtime.snapshot.sets.values()]
+        check_fit(patches, target, tokenizer=tokenizer, allow=tuple(allow), served=served)
     with WRITERS:
         runtime = runtime_of(target) or Runtime(target)
-        applied = prepare_set(target, patches, name, lambda: runtime.sites)
+        applied = prepare_set(target, current, name, lambda: runtime.sites)
+        if expired:
+            applied = replace(applied, fingerprint=patches.fingerprint, expired=expired)
         guard_on_hooks()
         runtime.publish(Snapshot.of({**runtime.snapshot.sets, name: applied}, runtime.snapshot.version + 1))
     runtime.settle()

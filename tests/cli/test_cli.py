@@ -19,6 +19,17 @@ COMMANDS = [
     ("export", "base"),
     ("export", "adapter"),
     ("bench", "crosslingual"),
+    ("bench", "swap"),
+    ("diff",),
+    ("sign",),
+    ("store", "list"),
+    ("store", "publish"),
+    ("store", "rollback"),
+    ("store", "history"),
+    ("store", "diff"),
+    ("store", "get"),
+    ("store", "gc"),
+    ("store", "verify"),
     ("doctor",),
 ]
 

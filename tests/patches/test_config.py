@@ -15,7 +15,7 @@ from xpatch.patches.types import PatchSet
 MakeSet = Callable[..., PatchSet]
 
 
-@pytest.mark.parametrize("name", [config.CONFIG_SCHEMA_FILE, config.REQUEST_SCHEMA_FILE])
+@pytest.mark.parametrize("name", config.schema_files())
 def test_committed_schemas_are_current(name: str) -> None:
     committed = (Path(config.__file__).parent / name).read_text(encoding="utf-8")
     assert json.loads(committed) == json.loads(config.schema_files()[name]), "run: python -m xpatch.patches.config"

@@ -55,6 +55,26 @@ def test_a_changed_model_is_looked_at_again(tiny, change):
         check_fit(patches, model)
 
 
+@torch.no_grad()
+def test_beside_a_served_set_of_the_same_base_the_touched_layer_and_the_head_are_looked_at(tiny):
+    model = tiny("bert")
+    patches = PatchSet(parts={}, base=identify(model, site="bert.encoder.layer.1"))
+    check_fit(patches, model)
+    model.bert.embeddings.word_embeddings.weight.add_(1)
+    check_fit(patches, model, served=[patches])
+    with pytest.raises(MismatchError, match="weights in fp32"):
+        check_fit(patches, model, served=[PatchSet(parts={})])
+    with pytest.raises(MismatchError, match="weights in fp32"):
+        check_fit(patches, model)
+    for name in ("bert.encoder.layer.1.output.dense.bias", "classifier.bias", "bert.pooler.dense.weight"):
+        model = tiny("bert")
+        patches = PatchSet(parts={}, base=identify(model, site="bert.encoder.layer.1"))
+        check_fit(patches, model)
+        model.get_parameter(name).add_(1)
+        with pytest.raises(MismatchError, match="do not fit"):
+            check_fit(patches, model, served=[patches])
+
+
 def test_another_precision_is_looked_at_again(tiny, hashed):
     model = tiny("bert")
     patches = PatchSet(parts={}, base=identify(model))

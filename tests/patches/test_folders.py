@@ -154,3 +154,47 @@ def test_missing_packages_are_named(make_set: MakeSet, monkeypatch: pytest.Monke
         store.load("hf://someone/fixes")
     with pytest.raises(BackendError):
         store.save(make_set(["a"]), "memory://x/y")
+
+
+def test_an_old_signature_does_not_stay_beside_a_new_set(make_set: MakeSet, tmp_path: Path) -> None:
+    """Other files of a replaced folder stay, but a signature is for the set that was there."""
+    for place in (tmp_path / "x", f"file://{tmp_path}/y"):
+        folder = store.save(make_set(["a"]), place)
+        local = tmp_path / str(place)[-1]
+        (local / store.SIGNATURE_FILE).write_text('{"signature_version": 1, "signatures": []}')
+        (local / "notes.txt").write_text("mine")
+        store.save(make_set(["b"]), folder)
+        assert not (local / store.SIGNATURE_FILE).exists() and (local / "notes.txt").exists()
+
+
+def test_a_store_that_calls_missing_files_forbidden(make_set: MakeSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Object stores that may not be listed answer 403 for a missing file: an unsigned set must still load."""
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    url = store.save(make_set(["a"]), "memory://forbidden/x")
+    real = type(memory).cat_file
+
+    def forbid(self: Any, path: str, *args: Any, **options: Any) -> Any:
+        if not self.exists(path):
+            raise PermissionError("Forbidden")
+        return real(self, path, *args, **options)
+
+    monkeypatch.setattr(type(memory), "cat_file", forbid)
+    assert len(store.load(url)) == 1
+    memory.rm_file(f"/forbidden/x/{store.TENSOR_FILE}")
+    with pytest.raises(FormatError, match="expected a readable file, found: Forbidden; check address and rights"):
+        store.load(url)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("odd"), KeyError("Body"), TimeoutError("late"), ValueError("no")])
+def test_errors_of_file_systems_are_told_as_one(
+    make_set: MakeSet, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    url = store.save(make_set(["a"]), "memory://errors/x")
+
+    def fail(self: Any, *args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(type(memory), "cat_file", fail)
+    with pytest.raises(FormatError, match="memory://errors/x/patch_config.json: expected a readable file, found"):
+        store.load(url)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from xpatch.cli import bench, demo, doctor, edit, evaluate, export, inspect
+from xpatch.cli import bench, demo, diff, doctor, edit, evaluate, export, inspect, sign, store
 from xpatch.cli.console import stderr
 from xpatch.errors import XpatchError
 
@@ -44,7 +44,7 @@ def options(
     """Hot-patch the knowledge of multilingual transformer models: one edit, every language, no redeploy."""
 
 
-for module in (demo, edit, inspect, evaluate, export, bench, doctor):
+for module in (demo, edit, inspect, evaluate, diff, export, store, sign, bench, doctor):
     module.register(app)
 
 

@@ -1,4 +1,7 @@
-"""`xpatch bench crosslingual`: every method on the bundled verifier's edit set, with MPN's Table 1 beside it."""
+"""`xpatch bench crosslingual`: every method on the bundled verifier's edit set, with MPN's Table 1 beside it.
+
+`xpatch bench swap`: patches in production: swap against reload, a soak of many threads, crashes, damaged files, start-up.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from xpatch.cli.console import stdout
 from xpatch.cli.inputs import check_method, check_out_file, quiet_transformers
 from xpatch.errors import XpatchError
 
-commands = typer.Typer(help="Measure editors on the bundled models.", no_args_is_help=True, rich_markup_mode="rich")
+commands = typer.Typer(help="Measure editors and the runtime.", no_args_is_help=True, rich_markup_mode="rich")
 
 
 @commands.callback()
 def bench() -> None:
-    """Measure editors on the bundled models."""
+    """Measure editors and the runtime."""
 
 
 @commands.command()
@@ -59,6 +62,31 @@ def crosslingual(
             presets=_words("--presets", presets),
         )
     stdout().print(report.table(result))
+    stdout().print(f"{json_file}", markup=False)
+
+
+@commands.command()
+def swap(
+    json_file: Annotated[
+        Path, typer.Option("--json", help="Result file; finished parts are kept beside it and reused.")
+    ],
+    soak_swaps: Annotated[int, typer.Option(min=4, help="Applies and removes while 8 threads infer.")] = 10_000,
+    crash_writes: Annotated[int, typer.Option(min=1, help="Writes of a patch store that are killed.")] = 500,
+    fuzz_files: Annotated[int, typer.Option(min=1, help="Damaged patch folders to read.")] = 100_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of models, patches and order.")] = 0,
+) -> None:
+    """Measure a swap of 1000 patches against a reload, and soak the runtime: torn outputs, crashes, leaks.
+
+    Example: xpatch bench swap --soak-swaps 500 --crash-writes 20 --fuzz-files 1000 --json swap.json
+    """
+    check_out_file(json_file, "--json")
+    from xpatch.benchmarks import swap as benchmark
+
+    with quiet_transformers():
+        result = benchmark.run(
+            json_file, soak_swaps=soak_swaps, crash_writes=crash_writes, fuzz_files=fuzz_files, seed=seed
+        )
+    stdout().print(benchmark.table(result))
     stdout().print(f"{json_file}", markup=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 WIDE = 160  # columns when the output goes to a file or a pipe, so that no table cell is cut
 
 
@@ -46,10 +48,15 @@ def print_json(data: Any) -> None:
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Sequence[str] = ()) -> Table:
-    """A plain table. Cells are taken literally (texts may hold brackets), None is an empty cell; columns in `numbers` align right."""
+    """A plain table. Cells are taken literally (texts may hold brackets), control characters shown as "�" (a patch file may hold a
+    terminal's escapes), None is an empty cell; columns in `numbers` align right."""
     made = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
     for heading in headings:
         made.add_column(Text(heading), justify="right" if heading in numbers else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else Text("" if cell is None else str(cell)) for cell in row))
+        made.add_row(*(cell if isinstance(cell, Text) else Text(_printable(cell)) for cell in row))
     return made
+
+
+def _printable(cell: Any) -> str:
+    return "" if cell is None else _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", str(cell))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from xpatch.cli.console import print_json, say, stdout, table, warn
+from xpatch.cli.console import print_json, say, stdout, table
 from xpatch.cli.inputs import check_method, check_out_file, check_out_folder, load_classifier, split_languages
 from xpatch.errors import XpatchError
 
@@ -135,8 +135,6 @@ def _show_again(again: Any, out: Path, as_json: bool) -> None:
         found = report.model_dump(mode="json")
         print_json({**_written(again.patches, out), "status": dict(counts), "holds": report.holds, "report": found})
         return
-    for text in report.warnings:
-        warn(text)
     stdout().print(report.table())
     _list("no longer hold", report.having("failed", "lost"))
     _list("not trained", report.having("redacted", "expired"))

@@ -91,6 +91,7 @@ def describe(patches: Any) -> dict[str, Any]:
     return {
         "name": patches.name,
         "fingerprint": patches.fingerprint,
+        "signatures": [each.key_id for each in patches.signatures],
         "bytes": sum(part["bytes"] for part in (_part(name, value) for name, value in patches.parts.items())),
         "parts": [_part(name, part) for name, part in patches.parts.items()],
         "masks": {name: list(mask.languages) for name, mask in patches.masks.items()},
@@ -125,6 +126,7 @@ def _record(record: Any) -> dict[str, Any]:
         "rows": {name: len(rows) for name, rows in record.rows.items()},
         "seed": record.seed,
         "created": record.created,
+        "expires": request.expires if request is not None else None,
         "message": record.message,
     }
 

@@ -108,9 +108,13 @@ def add(first: PatchSet, second: PatchSet) -> PatchSet:
 
 def part_ownership(patches: PatchSet) -> dict[str, Ownership]:
     """Part name -> "owned" (edits own rows of it), "shared" (edits name it as a whole), "bare" (none does), "empty"."""
+    named_by: dict[str, list[tuple[int, ...]]] = {}
+    for record in patches.edits:
+        for name, rows in record.rows.items():
+            named_by.setdefault(name, []).append(rows)
     result: dict[str, Ownership] = {}
     for name, part in patches.parts.items():
-        named = [record.rows[name] for record in patches.edits if name in record.rows]
+        named = named_by.get(name, [])
         if part.count == 0 and not isinstance(part, DenseDelta):
             result[name] = "empty"
         else:
@@ -142,7 +146,7 @@ def _check_separable(patches: PatchSet, kept: set[str]) -> None:
             )
     for name in (name for name, state in ownership.items() if state == "bare"):
         whole = isinstance(patches.parts[name], DenseDelta)
-        serving = [record.id for record in left if _may_own(record, ownership, whole=whole)]
+        serving = [record.id for record in left if may_own(record, ownership, whole=whole)]
         if serving:
             raise ConflictError(
                 f"edits {_listed(serving)} cannot be taken from this set: part {name!r} at {patches.parts[name].site!r} has no "
@@ -150,7 +154,8 @@ def _check_separable(patches: PatchSet, kept: set[str]) -> None:
             )
 
 
-def _may_own(record: EditRecord, ownership: dict[str, Ownership], *, whole: bool) -> bool:
+def may_own(record: EditRecord, ownership: dict[str, Ownership], *, whole: bool) -> bool:
+    """Whether a part without an owner (`whole`: a dense delta, else one with rows) may serve this edit."""
     owns = any(rows or ownership[name] == "shared" for name, rows in record.rows.items())
     return (whole and owns) or (not owns and (record.group is not None or record.status != "already-right"))
 

@@ -18,7 +18,12 @@ from xpatch.errors import FormatError
 from xpatch.patches.checks import thawed
 from xpatch.patches.forms import Part, Value
 from xpatch.patches.identity import BaseIdentity
+from xpatch.patches.jsonl import shorten
+from xpatch.patches.limits import DEFAULT, Limits
+from xpatch.patches.names import check_set_name
 from xpatch.patches.requests import EditRequest, request_schema
+from xpatch.patches.signatures import SIGNATURE_SCHEMA_FILE, signature_schema
+from xpatch.patches.strict_json import read_json
 from xpatch.patches.types import EditStatus, PatchSet
 
 FORMAT_VERSION = 1
@@ -28,6 +33,9 @@ REQUEST_SCHEMA_FILE = "request.schema.json"
 # A list of numbers over several lines; inside a JSON string no line ends, so texts are never touched.
 _NUMBER_LIST = re.compile(r"\[\n\s*((?:-?[\d.eE+-]+,\n\s*)*-?[\d.eE+-]+)\n\s*\]")
 
+_LABEL = re.compile("-?[0-9]{1,9}")
+_ERRORS_LISTED = 100
+
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "identity"]
 Name = Annotated[str, Field(min_length=1)]
 Size = Annotated[int, Field(ge=0)]
@@ -35,7 +43,7 @@ Shapes = Annotated[dict[str, list[Size]], Field(description="tensor -> shape; st
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class NeuronsConfig(_Strict):
@@ -129,31 +137,80 @@ def config_json(patches: PatchSet, *, name: str | None) -> str:
     return _NUMBER_LIST.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
-def parse_config(text: str | bytes, *, where: str) -> PatchConfig:
-    """Read the text of a `patch_config.json`. Raises `FormatError` naming the field; a newer format says to upgrade."""
+def parse_config(text: str | bytes, *, where: str, limits: Limits = DEFAULT) -> PatchConfig:
+    """Read the text of a `patch_config.json`, trusting none of it.
+
+    Raises `FormatError` naming the field, or the limit; a newer format says to upgrade.
+    """
     try:
-        data = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        encoded = text.encode() if isinstance(text, str) else bytes(text)
+    except UnicodeEncodeError:
         raise FormatError(
-            f"{where}: expected JSON, found {error}; the file is damaged, restore it or save the set again"
+            f"{where}: expected UTF-8 text, found half a surrogate pair; read the file as bytes"
         ) from None
+    limits.check("config_bytes", len(encoded), where)
+    data = read_json(encoded, where=where, limits=limits)
     version = data.get("format_version") if isinstance(data, dict) else None
     if isinstance(version, bool) or not isinstance(version, int):
         raise FormatError(
-            f"{where}: expected a patch config with a 'format_version', found {version!r}; is this a patch folder?"
+            f"{where}: expected a patch config with a 'format_version', found {shorten(repr(version))}; is this a patch folder?"
         )
     if version > FORMAT_VERSION:
         raise FormatError(
             f"{where}: expected format version {FORMAT_VERSION} or older, found {version}, written by a newer xpatch; "
             "upgrade: pip install --upgrade xpatch"
         )
+    _check_counts(data, where, limits)
     try:
-        return PatchConfig.model_validate(data)
+        config = PatchConfig.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        found = "" if first["type"] == "missing" else f"; found {str(first['input'])[:120]!r}"
-        raise FormatError(f"{where}: {field}: {first['msg']}{found}; restore the file or save the set again") from None
+        raise _invalid(error, where) from None
+    _check_ledger(config, where, limits)
+    if config.name is not None:
+        check_set_name(config.name, f"{where}: name")
+    return config
+
+
+def _check_counts(data: dict[str, Any], where: str, limits: Limits) -> None:
+    """What must be known before pydantic sees the data: it lists every single error, and turns label ids into numbers."""
+    for key, limit in (("parts", "parts"), ("masks", "parts"), ("gates", "parts"), ("edits", "edits")):
+        if isinstance(data.get(key), (dict, list)):
+            limits.check(limit, len(data[key]), f"{where}: {key}")
+    base = data.get("base")
+    labels = base.get("id2label") if isinstance(base, dict) else None
+    for index in labels if isinstance(labels, dict) else ():
+        if not _LABEL.fullmatch(index):  # large numbers may be chosen to share one hash value
+            raise FormatError(
+                f"{where}: base.id2label: expected indices such as '0', found {shorten(repr(index))}; restore the file"
+            )
+
+
+def _check_ledger(config: PatchConfig, where: str, limits: Limits) -> None:
+    for name, mask in config.masks.items():
+        limits.check("languages", len(mask.languages), f"{where}: masks.{name}")
+    for edit in config.edits:
+        told = f"{where}: edit {shorten(edit.id)!r}"
+        limits.check("languages", len(edit.request.versions) if edit.request else 0, told)
+        for rows in edit.rows.values():
+            limits.check("neurons", len(rows), told)
+            limits.check("neurons", max(rows, default=-1) + 1, f"{told}, rows")
+
+
+def _invalid(error: ValidationError, where: str) -> FormatError:
+    count = error.error_count()
+    if count > _ERRORS_LISTED:  # the list would be far larger than the file
+        return FormatError(f"{where}: {count} values do not fit the format; restore the file or save the set again")
+    first = error.errors(include_url=False)[0]
+    field = shorten(".".join(str(part) for part in first["loc"]))
+    found = "" if first["type"] == "missing" else f"; found {str(_start(first['input']))[:120]!r}"
+    return FormatError(f"{where}: {field}: {shorten(first['msg'])}{found}; restore the file or save the set again")
+
+
+def _start(value: Any) -> Any:
+    """Enough of a value to be recognised in a message."""
+    if isinstance(value, (list, dict)):
+        return f"{type(value).__name__} of {len(value)}"
+    return value
 
 
 def fingerprint(patches: PatchSet) -> str:
@@ -173,7 +230,7 @@ def fingerprint(patches: PatchSet) -> str:
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
     for name, tensor in sorted(patches.tensors.items()):
         digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.numpy().astype("<f4", copy=False).tobytes())
+        digest.update(tensor.numpy().astype("<f4", copy=False).reshape(-1).view("u1").data)
     return digest.hexdigest()
 
 
@@ -184,7 +241,11 @@ def config_schema() -> dict[str, Any]:
 
 def schema_files() -> dict[str, str]:
     """File name -> text of the committed JSON schemas."""
-    schemas = {CONFIG_SCHEMA_FILE: config_schema(), REQUEST_SCHEMA_FILE: request_schema()}
+    schemas = {
+        CONFIG_SCHEMA_FILE: config_schema(),
+        REQUEST_SCHEMA_FILE: request_schema(),
+        SIGNATURE_SCHEMA_FILE: signature_schema(),
+    }
     return {name: json.dumps(schema, ensure_ascii=False, indent=1) + "\n" for name, schema in schemas.items()}
 
 

@@ -113,11 +113,19 @@ def identify(model: torch.nn.Module, tokenizer: Any = None, *, site: str | Itera
     )
 
 
-def check_fit(patches: PatchSet, model: torch.nn.Module, tokenizer: Any = None, allow: Iterable[str] = ()) -> None:
+def check_fit(
+    patches: PatchSet,
+    model: torch.nn.Module,
+    tokenizer: Any = None,
+    allow: Iterable[str] = (),
+    *,
+    served: Iterable[PatchSet] = (),
+) -> None:
     """Check that `patches` were made for `model` (and, where given, for `tokenizer`).
 
     allow: checks to leave out, among `CHECKS`; each relaxes itself alone. Without the head's check all other weights are still
-    compared. Hand-made sets (no base) are only checked for their sites.
+    compared. Hand-made sets (no base) are only checked for their sites. served: sets that are on the model now; beside one for the
+    same base, only the layers this set touches and the head are looked at again.
     Raises `MismatchError` naming the first difference, what was expected, what was found and what to do.
     """
     allowed = _known_checks(allow)
@@ -132,7 +140,7 @@ def check_fit(patches: PatchSet, model: torch.nn.Module, tokenizer: Any = None, 
     sites = [layer for layer in patches.base.touched if "layer" not in allowed or _has(model, layer)]
     labels = tuple((_labels(model) or {}).items())
     how = (frozenset(allowed), None if tokenizer is None else tokenizer_digest(tokenizer), labels)
-    if fits.known(model, patches.base, how):
+    if fits.known(model, patches.base, how, served=any(other.base == patches.base for other in served)):
         return
     difference = first_difference(patches.base, identify(model, tokenizer, site=sites), allow=allowed)
     if difference is not None:

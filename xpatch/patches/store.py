@@ -1,16 +1,15 @@
-"""A patch set as a folder: `patch_config.json`, `patch_model.safetensors` and a `README.md` card.
+"""A patch set as a folder: `patch_config.json`, `patch_model.safetensors`, a `README.md` card, and `patch_signature.json` if signed.
 
-`save` and `load` are exact: the tensors' bytes, the ledger and the fingerprint come back as they were. No pickle.
+`save` and `load` are exact: the tensors' bytes, the ledger and the fingerprint come back as they were. No pickle. What `load` reads
+is trusted in nothing: every size is known before memory is taken for it, and whatever is wrong is a `FormatError`.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import safetensors
-import safetensors.torch
 import torch
 
 from xpatch.errors import FormatError
@@ -18,14 +17,24 @@ from xpatch.patches import folders
 from xpatch.patches.card import card
 from xpatch.patches.checks import thawed
 from xpatch.patches.config import PatchConfig, config_json, parse_config
-from xpatch.patches.forms import DenseDelta, Gate, LanguageMask, LowRankDelta, PatchNeurons
+from xpatch.patches.expected import expected_tensors, form_of, total_bytes
+from xpatch.patches.forms import Gate, LanguageMask
+from xpatch.patches.jsonl import shorten
+from xpatch.patches.limits import DEFAULT, Limits
+from xpatch.patches.names import check_set_name
+from xpatch.patches.signatures import SIGNATURE_FILE, Signature, parse_signatures, signature_json
+from xpatch.patches.tensorfile import FINGERPRINT_KEY, most_bytes, read_tensors, write_tensors
 from xpatch.patches.types import EditRecord, PatchSet
+
+if TYPE_CHECKING:
+    from xpatch.patches.signing import Key
+
+__all__ = ["CARD_FILE", "CONFIG_FILE", "FINGERPRINT_KEY", "SIGNATURE_FILE", "TENSOR_FILE", "load", "save"]
 
 CONFIG_FILE = "patch_config.json"
 TENSOR_FILE = "patch_model.safetensors"
 CARD_FILE = "README.md"
-FINGERPRINT_KEY = "xpatch_fingerprint"
-_FORMS: dict[str, Any] = {form.form: form for form in (PatchNeurons, LowRankDelta, DenseDelta)}
+_SHOWN = 2000  # characters of an error about a file; a hostile name could fill a log
 
 
 def save(patches: PatchSet, folder: str | Path) -> Path | str:
@@ -33,33 +42,72 @@ def save(patches: PatchSet, folder: str | Path) -> Path | str:
 
     The folder appears whole or not at all: it is written beside its place and renamed; an existing patch folder is replaced,
     other files in it stay. (On an object store the files are replaced one by one; a half-replaced set fails to load.)
-    Raises `FormatError` where the folder is not a patch folder or cannot be written, `BackendError` without fsspec.
+    Raises `FormatError` where the folder is not a patch folder or cannot be written, or the set's name could not be a file's;
+    `BackendError` without fsspec.
     """
+    if patches.name is not None:
+        check_set_name(patches.name, "patch set, name")
     name = folders.name_of(folder)
     files = {
-        TENSOR_FILE: safetensors.torch.save(patches.tensors, metadata={FINGERPRINT_KEY: patches.fingerprint}),
+        TENSOR_FILE: write_tensors(patches.tensors, patches.fingerprint),
         CARD_FILE: card(patches, patches.name or name).encode(),
         CONFIG_FILE: config_json(patches, name=None if patches.name == name else patches.name).encode(),
     }
+    if patches.signatures:
+        files[SIGNATURE_FILE] = signature_json(patches.signatures).encode()
     if folders.is_url(folder):
         folders.write_url(str(folder), files, mark=CONFIG_FILE)
-        return str(folder)
-    folders.write_local(Path(folder), files, mark=CONFIG_FILE)
-    return Path(folder)
+    else:
+        folders.write_local(Path(folder), files, mark=CONFIG_FILE)
+    if not patches.signatures:  # those of the set that was there are not for this one
+        folders.discard(folder, SIGNATURE_FILE)
+    return str(folder) if folders.is_url(folder) else Path(folder)
 
 
-def load(folder: str | Path) -> PatchSet:
-    """Read a patch folder: a local path, hf://user/repo[/folder] or any fsspec URL.
+def load(
+    folder: str | Path | Mapping[str, bytes],
+    *,
+    limits: Limits | None = None,
+    trusted_keys: Iterable[Key] | Key | None = None,
+) -> PatchSet:
+    """Read a patch folder: a local path, hf://user/repo[/folder], any fsspec URL, or its files as {file name: bytes}.
 
-    A set without a name of its own gets the folder's. Raises `FormatError` naming the file and tensor for anything missing,
-    damaged, changed after saving or written by a newer xpatch; `BackendError` where a URL needs a package that is missing.
+    A set without a name of its own gets the folder's. limits: what is too large to be read; `Limits()` by default.
+    trusted_keys: public keys, one of which must have signed the set (see `xpatch.verify`).
+
+    Raises `FormatError` naming the file and tensor for anything missing, damaged, hostile, changed after saving, written by a newer
+    xpatch, above a limit, or not signed by a trusted key; `BackendError` where a URL or a signature needs a package that is missing.
     """
-    files = folders.read(folder, (CONFIG_FILE, TENSOR_FILE))
-    config_at, tensors_at = (f"{str(folder).rstrip('/')}/{file}" for file in (CONFIG_FILE, TENSOR_FILE))
-    config = parse_config(files[CONFIG_FILE], where=config_at)
-    tensors = _read_tensors(files[TENSOR_FILE], config, tensors_at)
     try:
-        patches = _assemble(config, tensors, name=config.name or folders.name_of(folder))
+        patches = _read(folder, DEFAULT if limits is None else limits)
+    except FormatError as error:
+        if len(str(error)) <= _SHOWN:
+            raise
+        raise FormatError(shorten(str(error), _SHOWN)) from None
+    if trusted_keys is not None:
+        from xpatch.patches.signing import verify
+
+        verify(patches, trusted_keys)
+    return patches
+
+
+def _read(folder: str | Path | Mapping[str, bytes], limits: Limits) -> PatchSet:
+    read = folders.reader(folder)
+    place = "" if isinstance(folder, Mapping) else f"{str(folder).rstrip('/')}/"
+    config_at, tensors_at, signed_at = (f"{place}{file}" for file in (CONFIG_FILE, TENSOR_FILE, SIGNATURE_FILE))
+    text = read(CONFIG_FILE, limits.config_bytes, limits.refusal("config_bytes")) or b""
+    config = parse_config(text, where=config_at, limits=limits)
+    expected = expected_tensors(config, where=config_at, limits=limits)
+    most = most_bytes(total_bytes(expected), limits)
+    told = f"{limits.refusal('header_bytes')}, unless the two files belong to different sets"
+    data = read(TENSOR_FILE, most, told) or b""
+    tensors = read_tensors(data, expected, config.fingerprint, where=tensors_at, limits=limits)
+    del data
+    signed = read(SIGNATURE_FILE, limits.signature_bytes, limits.refusal("signature_bytes"), optional=True)
+    signatures = () if signed is None else parse_signatures(signed, where=signed_at, limits=limits)
+    own_name = None if isinstance(folder, Mapping) else folders.name_of(folder)
+    try:
+        patches = _assemble(config, tensors, config.name or own_name, signatures)
     except FormatError as error:
         raise FormatError(f"{config_at} and {TENSOR_FILE} beside it: {error}") from None
     if patches.fingerprint != config.fingerprint:
@@ -70,67 +118,22 @@ def load(folder: str | Path) -> PatchSet:
     return patches
 
 
-def _read_tensors(data: bytes, config: PatchConfig, where: str) -> dict[str, torch.Tensor]:
-    try:
-        tensors: dict[str, torch.Tensor] = safetensors.torch.load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise FormatError(
-            f"{where}: expected a whole safetensors file, found {len(data)} bytes that do not parse ({error}); "
-            "the file is truncated or corrupted, restore it or save the set again"
-        ) from None
-    if metadata.get(FINGERPRINT_KEY) != config.fingerprint:
-        found = str(metadata.get(FINGERPRINT_KEY))[:12]
-        raise FormatError(
-            f"{where}: expected fingerprint {config.fingerprint[:12]} as in {CONFIG_FILE}, found {found}; "
-            "the two files belong to different sets; copy the whole folder again"
-        )
-    expected = _expected_shapes(config)
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        state = "is missing" if name in expected else "is not in the config"
-        raise FormatError(
-            f"{where}: tensor {name!r} {state}; the two files belong to different sets; copy the whole folder again"
-        )
-    for name, shape in expected.items():
-        tensor = tensors[name]
-        if tensor.dtype != torch.float32 or list(tensor.shape) != shape:
-            found = f"{tensor.dtype} {list(tensor.shape)}"
-            raise FormatError(
-                f"{where}: tensor {name!r}: expected torch.float32 {shape}, found {found}; restore the file or save again"
-            )
-    return tensors
+def _assemble(
+    config: PatchConfig, tensors: dict[str, torch.Tensor], name: str | None, signatures: tuple[Signature, ...]
+) -> PatchSet:
+    def own(owner: str, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        return {key: tensors[f"{owner}.{key}"] for key in keys}
 
-
-def _expected_shapes(config: PatchConfig) -> dict[str, list[int]]:
-    owners: dict[str, Any] = {
-        **config.parts,
-        **{f"masks.{name}": mask for name, mask in config.masks.items()},
-        **{f"gates.{name}": gate for name, gate in config.gates.items()},
+    parts = {
+        key: form_of(part.form)(**part.model_dump(exclude={"form", "tensors"}), **own(key, part.tensors))
+        for key, part in config.parts.items()
     }
-    return {f"{owner}.{key}": list(shape) for owner, value in owners.items() for key, shape in value.tensors.items()}
-
-
-def _assemble(config: PatchConfig, tensors: dict[str, torch.Tensor], name: str | None) -> PatchSet:
-    def own(kind: Any, owner: str, value: Any, word: str) -> dict[str, torch.Tensor]:
-        given = {key: tensors[f"{owner}.{key}"] for key in value.tensors}
-        unknown, missing = set(given) - set(kind.tensor_fields), set(kind.tensor_fields) - set(given)
-        if unknown or (missing and kind is not Gate and missing != {"bias"}) or (missing and kind is PatchNeurons):
-            raise FormatError(
-                f"{word}, tensors: expected {', '.join(kind.tensor_fields)}, found {', '.join(given) or 'none'}; restore it"
-            )
-        return given
-
-    parts = {}
-    for key, part in config.parts.items():
-        kind = _FORMS[part.form]
-        plain = part.model_dump(exclude={"form", "tensors"})
-        parts[key] = kind(**plain, **own(kind, key, part, f"part {key!r}"))
     masks = {
-        key: LanguageMask(languages=tuple(mask.languages), **own(LanguageMask, f"masks.{key}", mask, f"mask {key!r}"))
+        key: LanguageMask(languages=tuple(mask.languages), **own(f"masks.{key}", mask.tensors))
         for key, mask in config.masks.items()
     }
     gates = {
-        key: Gate(kind=gate.kind, threshold=gate.threshold, **own(Gate, f"gates.{key}", gate, f"gate {key!r}"))
+        key: Gate(kind=gate.kind, threshold=gate.threshold, **own(f"gates.{key}", gate.tensors))
         for key, gate in config.gates.items()
     }
     edits = tuple(
@@ -145,4 +148,6 @@ def _assemble(config: PatchConfig, tensors: dict[str, torch.Tensor], name: str |
         )
         for edit in config.edits
     )
-    return PatchSet(parts=parts, edits=edits, masks=masks, gates=gates, base=config.base, name=name)
+    return PatchSet(
+        parts=parts, edits=edits, masks=masks, gates=gates, base=config.base, name=name, signatures=signatures
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -18,6 +18,10 @@ from xpatch.patches import checks
 from xpatch.patches.forms import ACTIVATIONS, DenseDelta, Gate, LanguageMask, LowRankDelta, Part, PatchNeurons, Value
 from xpatch.patches.identity import BaseIdentity
 from xpatch.patches.requests import EditRequest
+from xpatch.patches.signatures import Signature, carried
+
+if TYPE_CHECKING:
+    from xpatch.watch.conflicts import ConflictReport
 
 __all__ = [
     "ACTIVATIONS",
@@ -72,7 +76,9 @@ class EditRecord(Value):
                 raise FormatError(
                     f"{where}, request: expected a request of the same id, found {self.request.id!r}; give both one id"
                 )
-            self._set(request=self.request.model_copy(deep=True))
+            # All else in a request is frozen; a deep copy would take most of a load's time.
+            versions = dict(self.request.versions)
+            self._set(request=self.request.model_copy(update={"versions": versions}))
         hyperparameters = checks.frozen_mapping(self.hyperparameters, f"{where}, hyperparameters")
         for key in ("created", "message"):
             checks.optional_text(getattr(self, key), f"{where}, {key}")
@@ -87,7 +93,9 @@ class PatchSet(Value):
     """An immutable set of patches for one base model.
 
     parts: name -> part; masks, gates: name -> what parts refer to; edits: the ledger; base: the identity of the base
-    (`xpatch.patches.identity.BaseIdentity`), None only for hand-made sets. Iteration and `len` go over the ledger.
+    (`xpatch.patches.identity.BaseIdentity`), None only for hand-made sets. signatures: who vouches for this very content
+    (`xpatch.sign`); a set made from this one by select, drop, + or redact has other content and none of them, and they are no
+    part of the fingerprint. Iteration and `len` go over the ledger.
     Raises `FormatError` for parts that name a missing mask or gate or do not fit it, and for ledger rows that do not
     exist or are owned twice.
     """
@@ -98,6 +106,7 @@ class PatchSet(Value):
     gates: Mapping[str, Gate] = field(default_factory=dict)
     base: BaseIdentity | None = None
     name: str | None = None
+    signatures: tuple[Signature, ...] = ()
 
     def __post_init__(self) -> None:
         from xpatch.patches import ledger
@@ -106,6 +115,7 @@ class PatchSet(Value):
             self._set(**{kind: checks.frozen_mapping(getattr(self, kind), f"patch set, {kind}")})
         self._set(edits=tuple(self.edits))
         ledger.check_set(self)
+        self._set(signatures=carried(self.signatures, self) if self.signatures else ())
 
     def __len__(self) -> int:
         """The number of edits in the ledger."""
@@ -155,6 +165,15 @@ class PatchSet(Value):
 
         return ledger.redact(self, fields)
 
+    def check(self, model: Any, tokenizer: Any, texts: Any = None, **options: Any) -> ConflictReport:
+        """Edits that contradict each other, within this set or with the sets `model` serves; false where nothing is wrong.
+
+        texts and options: see `xpatch.watch.check`. The model is left as it is.
+        """
+        from xpatch.watch.conflicts import check
+
+        return check(self, model, tokenizer, texts, **options)
+
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor under the name it has in a patch folder: "neurons.0.keys", "masks.NAME.inner", "gates.NAME.keys"."""
@@ -170,6 +189,13 @@ class PatchSet(Value):
         """Every language of the ledger's requests and of the masks, sorted."""
         spoken = {code for record in self.edits if record.request for code in record.request.versions}
         return tuple(sorted(spoken.union(*(mask.languages for mask in self.masks.values()))))
+
+    @cached_property
+    def expiring(self) -> tuple[EditRecord, ...]:
+        """The edits whose request says when they end; see `xpatch.patches.expiry`."""
+        return tuple(
+            record for record in self.edits if record.request is not None and record.request.expires is not None
+        )
 
     @cached_property
     def fingerprint(self) -> str:

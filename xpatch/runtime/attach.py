@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xpatch.errors import ConflictError
 from xpatch.models.anatomy import FFNSite, find_ffn_sites
 from xpatch.models.surgery import Surgery
 from xpatch.models.wrappers import plain_name, unwrapped
@@ -25,8 +26,9 @@ from xpatch.runtime import graph
 from xpatch.runtime.calls import BASE_CALL, Call, Kind, Pins, Slot, ThreadState
 from xpatch.runtime.capacity import Capacity, is_capturing
 from xpatch.runtime.firings import Firings
+from xpatch.runtime.forking import survive_forks
 from xpatch.runtime.hooks import Enter
-from xpatch.runtime.install import install_base, install_point
+from xpatch.runtime.install import Seat, install_base, install_point, seats_of
 from xpatch.runtime.layer import add_patches
 from xpatch.runtime.recompute import Recall
 from xpatch.runtime.routing import Rows, is_switched_off, resolve, rows_in_context
@@ -34,6 +36,7 @@ from xpatch.runtime.snapshot import EMPTY, Point, Snapshot
 
 #: Held by whoever changes what is published, on any model. Never taken by a model call that would have to wait for it.
 WRITERS = threading.RLock()
+survive_forks(WRITERS)
 _MODULE_CALL = nn.Module._call_impl.__code__
 
 
@@ -51,6 +54,7 @@ class Runtime:
         self._base: Surgery | None = None
         self._points: dict[Point, Surgery] = {}
         self._slots: dict[Point, Slot] = {}
+        self._seats: dict[Point, list[Seat]] = {}
         self._start()
 
     def _start(self) -> None:
@@ -74,6 +78,7 @@ class Runtime:
             "_base",
             "_points",
             "_slots",
+            "_seats",
         )
         return {key: vars(self)[key] for key in kept}
 
@@ -100,12 +105,15 @@ class Runtime:
         """Make `snapshot` what every later call sees. If this fails the model is exactly as before."""
         base, points, slots = self._base, {}, {}
         wanted = {**(self.prepared if prepared is None else prepared), **snapshot.points}
+        moved = [point for point in self._points if self._moved(point)]
+        for seat in (seat for point in moved for seat in self._seats[point]):
+            seat.strip(self)
         try:
             if base is None:
                 base = Surgery()
                 install_base(self, base)
             for point in wanted.values():
-                if point not in self._points:
+                if point not in self._points or point in moved:
                     points[point], slots[point] = Surgery(), Slot()
                     install_point(self, point, points[point], slots[point])
             if self.capacity is not None:
@@ -117,6 +125,10 @@ class Runtime:
                 base.undo()
             raise
         self._base = base
+        for point in moved:
+            self._points[point].undo()
+            self._seats[point] = []
+        self._seats |= {point: seats_of(self.model, point) for point in points}
         self._points |= points
         self._slots |= slots
         if prepared is not None:
@@ -138,8 +150,9 @@ class Runtime:
         # A set without parts is still applied: it can be named and removed.
         idle = not self.snapshot.sets and not self.prepared
         self._untidy = bool(unneeded) or idle  # before the look at running calls: one that ends now sees it
-        for key, pins_of_thread in list(self._active.items()):
-            if pins_of_thread() is None:  # the thread died in the middle of a call
+        for key in tuple(self._active):  # in one step: threads come and go meanwhile
+            pins_of_thread = self._active.get(key)
+            if pins_of_thread is not None and pins_of_thread() is None:  # the thread died in the middle of a call
                 self._active.pop(key, None)
         if not self._untidy or self._active or self._recall:
             return
@@ -147,9 +160,25 @@ class Runtime:
         for point in unneeded:
             self._points.pop(point).undo()
             self._slots.pop(point, None)
+            self._seats.pop(point, None)
         if idle and self._base is not None:
             self._base.undo()
             self._base = None
+
+    def _moved(self, point: Point) -> bool:
+        """Whether another module sits where the point's hooks were put on: an adapter layer, say, or one less."""
+        return any(seat.taken for seat in self._seats.get(point, ()))
+
+    def _follow(self) -> None:
+        """Put the hooks on what sits in the patched places now. Raises `ConflictError` where such a place is gone."""
+        try:
+            with WRITERS:
+                self.publish(self.snapshot)
+        except AttributeError as error:
+            raise ConflictError(
+                f"a layer of {type(self.model).__name__} that has patches beside it is not there any more ({error}); remove them with "
+                "xpatch.remove(model), or put the layer back"
+            ) from error
 
     # Readers, from the hooks.
 
@@ -161,6 +190,8 @@ class Runtime:
             if outer is not None or (kind == "part" and "forward" in pins):
                 return None
             pins.pop("part", None)  # left by a call that was interrupted outside Python's exceptions handling
+        if any(map(self._moved, list(self._points))):
+            self._follow()
         # Before the snapshot is read: a writer that missed this entry has published already.
         self._active[(threading.get_ident(), kind)] = weakref.ref(pins)
         try:
@@ -186,14 +217,17 @@ class Runtime:
         if self._untidy:
             self.settle()
 
-    def call(self) -> Call:
-        """The call that this thread is in; outside of one, what is published now."""
-        here = self._thread
-        return here.pins.outermost() or here.recalled or self._begin("part", None, None)
+    def call(self, module: nn.Module | None = None) -> Call:
+        """The call that this thread is in; outside of one, what is published now, but where a backward pass computes `module` again
+        the call in which it was computed first."""
+        pinned = self._thread.pins.outermost()
+        if module is not None and (torch.is_grad_enabled() or module.training):
+            return self._recall.call(pinned, lambda: self._begin("part", None, None), module.training)
+        return pinned or self._begin("part", None, None)
 
-    def keep(self, site: str, slot: Slot, x: torch.Tensor) -> None:
-        """Put the input of an FFN into `slot`, where the call has patches there."""
-        call = self.call()
+    def keep(self, site: str, slot: Slot, x: torch.Tensor, module: nn.Module) -> None:
+        """Put the input of an FFN, which begins with `module`, into `slot`, where the call has patches there."""
+        call = self.call(module)
         slot.x = x if site in call.snapshot.at or call.epoch is not None else None
 
     def add(self, site: str, x: torch.Tensor, y: torch.Tensor, call: Call) -> torch.Tensor | None:
@@ -202,17 +236,6 @@ class Runtime:
             return self.capacity.add(site, x, y, call.epoch)
         parts = call.snapshot.at.get(site)
         return None if parts is None else add_patches(parts, x, y, call.route, self.firings)
-
-    def begin_layer(self, x: torch.Tensor) -> None:
-        """A layer with input `x` begins: within a call remember it, outside of one (a backward pass) recall it."""
-        call = self._thread.pins.outermost()
-        if call is None:
-            self._thread.recalled = self._recall.find(x)
-        elif call.snapshot.sets:
-            self._recall.remember(x, call)
-
-    def end_layer(self) -> None:
-        self._thread.recalled = None
 
     def _begin(self, kind: Kind, rows: Rows | None, batch: int | None) -> Call:
         if is_switched_off(self.model) or (self._thread.newcomer and self._began_before_the_hooks(kind)):

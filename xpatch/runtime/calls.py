@@ -40,14 +40,13 @@ class Pins(dict[Kind, Call]):
 
 
 class ThreadState(threading.local):
-    """pins: this thread's calls. recalled: the call whose layer is being computed again in a backward pass.
+    """pins: this thread's calls.
 
     `newcomer` until it is known that the thread is in no call that began before the hooks were up.
     """
 
     def __init__(self) -> None:
         self.pins = Pins()
-        self.recalled: Call | None = None
         self.newcomer = True
 
 

@@ -64,6 +64,11 @@ class Capacity:
         with torch.inference_mode(False):
             for site, point in points.items():
                 weight = next(model.get_submodule(point.adds).parameters())
+                if weight.is_meta:
+                    raise ConflictError(
+                        f"prepare(capacity=...): the weights at {site!r} are not in memory (offloaded), and a captured graph cannot load "
+                        "them; keep this layer on the device, or serve without capture"
+                    )
                 devices.add(weight.device)
                 keys = torch.zeros(2, neurons, widths[site], device=weight.device, dtype=compute_dtype(weight.dtype))
                 self.buffers[site] = (keys, keys.new_zeros(2, neurons), torch.zeros_like(keys))

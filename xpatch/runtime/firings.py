@@ -1,22 +1,29 @@
 """Which edits fired: counts per neuron and language, kept while a model serves.
 
-A neuron fires on a row (one token position of one input, padding included) where its score `x·key + bias` is above zero, whatever
-its activation: a silent ReLU neuron adds nothing, a silent GELU or SiLU neuron next to nothing. Where a part has a gate, only rows
-the gate lets through count; a gated delta, which has no neurons, counts those rows. A delta without a gate acts on every row, so
-there is nothing to count. Replays of a captured CUDA graph run no Python and are not counted.
+What is counted are inputs, the rows of a call's batch (`generate` makes one call per token). A neuron fired on an input where its
+score `x·key + bias` was above zero at one of the input's tokens, whatever its activation: a silent ReLU neuron adds nothing, a
+silent GELU or SiLU neuron next to nothing. At the final FFN of a classifier that reads its first token, only that token counts:
+at the others neurons fire at random and reach no answer. Elsewhere every token does, padding too.
+
+Where a part has a gate, only tokens the gate lets through count; a gated delta, which has no neurons, counts the inputs its gate
+opened for. A delta without a gate acts on every input, so there is nothing to count. Replays of a captured CUDA graph run no
+Python and are not counted.
 """
 
 from __future__ import annotations
 
 import datetime
-import threading
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from xpatch.errors import MismatchError
+from xpatch.models.heads import head_of
+from xpatch.patches.locks import new_lock
 from xpatch.patches.types import PatchNeurons
 from xpatch.runtime.routing import Route
 from xpatch.runtime.snapshot import PreparedPart
@@ -26,7 +33,7 @@ UNKNOWN = "?"
 #: Where languages are counted beyond the first `LANGUAGES_AT_MOST` of a part: codes come from requests, memory is finite.
 OTHERS = "others"
 LANGUAGES_AT_MOST = 256
-_AT_ONCE = 1 << 20  # (row, neuron) pairs looked at together
+_AT_ONCE = 1 << 20  # (token, neuron) pairs looked at together
 
 Counts = dict[str, np.ndarray]
 """language -> int64 `[N]`, or `[1]` for a gated delta."""
@@ -41,24 +48,38 @@ def countable(part: PreparedPart) -> bool:
 class Firings:
     """Counts since it was made. Any number of threads may record; what is kept does not grow with the number of calls.
 
-    Counts belong to an applied part and go when nothing holds that part any more.
+    Counts belong to an applied part and go when nothing holds that part any more. cpu_only: count where it was measured to cost
+    less than 1 % of a call (benchmarks/firings.py), and leave calls on accelerators alone. first_token: names of sites where only
+    the first token counts; see `first_token_sites`.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, *, cpu_only: bool = False, first_token: frozenset[str] = frozenset()) -> None:
+        self.cpu_only = cpu_only
+        self.first_token = first_token
+        self._lock = new_lock()
         self._tables: weakref.WeakKeyDictionary[PreparedPart, _Table] = weakref.WeakKeyDictionary()
         self.since = _now()
 
-    def record(self, part: PreparedPart, fired: torch.Tensor, route: Route) -> None:
-        """fired `[..., N]` bool: which of the part's neurons fired (`[..., 1]`: where its gate was open), for the rows of `route`.
+    def counts_on(self, device: torch.device) -> bool:
+        """Whether calls on `device` are counted."""
+        return not self.cpu_only or device.type == "cpu"
 
-        Tensors that only stand for others (while a model is traced) count nothing. On an accelerator nothing waits for the result.
+    def record(self, part: PreparedPart, fired: torch.Tensor, route: Route) -> None:
+        """fired `[B, T, N]` (or `[B·T, N]`) bool: which of the part's neurons fired (N = 1: where its gate was open).
+
+        route: of the call. Tensors that only stand for others (while a model is traced) count nothing. On an accelerator nothing
+        waits for the result.
         """
         if type(fired) is not torch.Tensor or fired.is_meta or not fired.numel():
             return
-        languages, codes = _languages(route, fired)
+        if fired.ndim == 3 and part.point.site in self.first_token:
+            fired = fired[:, :1]
+        items = fired.shape[0]
+        if fired.ndim == 2 and route.batch and items % route.batch == 0:
+            items = route.batch  # a model that flattens its tokens
+        languages, codes = _languages(route, items)
         count = _count_on_cpu if fired.device.type == "cpu" else _count_on_device
-        counts = count(fired, codes, len(languages))
+        counts = count(fired.reshape(items, -1, fired.shape[-1]), codes, len(languages))
         with self._lock, torch.inference_mode(False), torch.no_grad():
             table = self._tables.setdefault(part, {})
             for language, row in zip(languages, counts, strict=True):
@@ -67,10 +88,10 @@ class Firings:
                 if key in table:
                     table[key] += row
                 else:
-                    table[key] = row.copy() if isinstance(row, np.ndarray) else row.clone()
+                    table[key] = _copy(row)
 
     def total(self, part: PreparedPart) -> int:
-        """(row, neuron) pairs above zero, or rows the gate of a delta let through, in all languages."""
+        """(input, neuron) pairs, or inputs the gate of a delta opened for, in all languages."""
         return sum(int(row.sum()) for row in self.take([part])[0].values())
 
     def take(self, parts: Iterable[PreparedPart], *, reset: bool = False) -> list[Counts]:
@@ -85,12 +106,13 @@ class Firings:
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
             tables = [(part, {key: _copy(row) for key, row in table.items()}) for part, table in self._tables.items()]
-        return {"tables": tables, "since": self.since}
+        kept = {key: vars(self)[key] for key in ("since", "cpu_only", "first_token")}
+        return {"tables": tables, **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._tables = weakref.WeakKeyDictionary(dict(state["tables"]))
-        self.since = state["since"]
+        vars(self).update({key: value for key, value in state.items() if key != "tables"})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Firings:
         copied = Firings.__new__(Firings)
@@ -98,39 +120,49 @@ class Firings:
         return copied
 
 
-def _languages(route: Route, fired: torch.Tensor) -> tuple[list[str], list[int] | None]:
-    """The languages of a call, and for each batch row the index of its own; None where all rows have one language."""
+def first_token_sites(model: nn.Module) -> frozenset[str]:
+    """The site names at the final FFN of a classifier whose head reads the first token; none for any other model."""
+    try:
+        head = head_of(model)
+    except MismatchError:
+        return frozenset()
+    return frozenset((head.site.name, head.site.up, head.site.down)) if head.reads == "first" else frozenset()
+
+
+def _languages(route: Route, items: int) -> tuple[list[str], list[int] | None]:
+    """The languages of a call, and for each of its inputs the index of its own; None where all have one language."""
     if route.languages is None or isinstance(route.languages, str):
         return [route.languages or UNKNOWN], None
-    rows = fired.numel() // fired.shape[-1]
-    if rows % len(route.languages):
+    if items % len(route.languages):
         return [UNKNOWN], None
+    each = items // len(route.languages)  # beams and returned sequences follow their row
     index: dict[str, int] = {}
-    codes = [index.setdefault(language or UNKNOWN, len(index)) for language in route.languages]
+    codes = [index.setdefault(language or UNKNOWN, len(index)) for language in route.languages for _ in range(each)]
     return list(index), codes if len(index) > 1 else None
 
 
 def _count_on_cpu(fired: torch.Tensor, codes: list[int] | None, languages: int) -> np.ndarray:
-    """`[languages, N]` int64. Neurons seldom fire: finding the few that did is several times quicker than a sum over the rows."""
-    table = fired.reshape(-1, fired.shape[-1]).numpy()
-    rows, neurons = table.shape
-    counts = np.zeros(languages * neurons, dtype=np.int64)
-    of_row = None if codes is None else np.repeat(np.array(codes), rows // len(codes)) * neurons
-    step = max(1, _AT_ONCE // neurons)
-    for start in range(0, rows, step):
-        row, neuron = np.divmod(np.flatnonzero(table[start : start + step]), neurons)
-        where = neuron if of_row is None else of_row[start + row] + neuron
-        counts += np.bincount(where, minlength=counts.size)
-    return counts.reshape(languages, neurons)
+    """fired `[B, T, N]` -> `[languages, N]` int64. Neurons seldom fire: finding those that did is quicker than any sum."""
+    items, tokens, neurons = fired.shape
+    counts = np.zeros((languages, neurons), dtype=np.int64)
+    of_item = np.zeros(items, dtype=np.int64) if codes is None else np.array(codes)
+    step = max(1, _AT_ONCE // (tokens * neurons))
+    for start in range(0, items, step):
+        some = fired[start : start + step].numpy()
+        token, neuron = np.divmod(np.flatnonzero(some), neurons)
+        seen = np.bincount(token // tokens * neurons + neuron, minlength=len(some) * neurons) > 0
+        item, neuron = np.divmod(np.flatnonzero(seen), neurons)
+        where = of_item[start + item] * neurons + neuron
+        counts += np.bincount(where, minlength=counts.size).reshape(counts.shape)
+    return counts
 
 
 def _count_on_device(fired: torch.Tensor, codes: list[int] | None, languages: int) -> torch.Tensor:
-    groups = 1 if codes is None else len(codes)
-    by_item = fired.reshape(groups, -1, fired.shape[-1]).sum(1)
+    by_item = fired.any(1)
     if codes is None:
-        return by_item
-    counts = by_item.new_zeros(languages, fired.shape[-1])
-    return counts.index_add_(0, torch.tensor(codes, device=fired.device), by_item)
+        return by_item.sum(0, keepdim=True)
+    counts = torch.zeros(languages, fired.shape[-1], dtype=torch.int64, device=fired.device)
+    return counts.index_add_(0, torch.tensor(codes, device=fired.device), by_item.long())
 
 
 def _copy(row: Any) -> Any:

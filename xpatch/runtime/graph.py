@@ -8,7 +8,6 @@ claim to write to it, so that no compiler moves a site's operator out of its cal
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from xpatch.errors import ConflictError
+from xpatch.patches.locks import new_lock
 from xpatch.runtime.calls import Call
 from xpatch.runtime.compiled import guard_on_hooks
 from xpatch.runtime.layer import add_patches
@@ -31,7 +31,7 @@ REMEMBERED = 256
 _numbers = itertools.count(1)
 _runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
 _calls: OrderedDict[int, Call] = OrderedDict()
-_lock = threading.Lock()
+_lock = new_lock()
 
 _tags = [torch.Tag.pt2_compliant_tag]
 if hasattr(torch.Tag, "cudagraph_unsafe"):  # they run Python, so a captured graph must be split around them
@@ -52,6 +52,11 @@ def register(runtime: Runtime) -> torch.Tensor:
     number = next(_numbers)
     _runtimes[number] = runtime
     return number_tensor(number)
+
+
+def all_runtimes() -> list[Runtime]:
+    """The runtimes of this process."""
+    return list(_runtimes.values())
 
 
 def number_tensor(number: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ runs as plain Python, which no compiler may look into.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +48,27 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tens
     return None
 
 
-class _Hook:
+class Hook:
+    """What all have in common. Copied with its model, a hook serves the copy; in a copy of a part alone it does nothing, for
+    nobody could switch it off there (PEFT copies the modules it trains beside the base's)."""
+
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self.runtime.model) not in memo:
+            return _nothing
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+
+def _nothing(*ignored: Any) -> None:
+    pass
+
 
 @_not_a_graph_of_its_own
-class Enter(_Hook):
+class Enter(Hook):
     """Before the outermost call: take `xpatch=` from its arguments and pin the published snapshot."""
 
     def __init__(self, runtime: Runtime, kind: Kind) -> None:
@@ -61,7 +76,9 @@ class Enter(_Hook):
         self.kind = kind
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        rows = kwargs.pop("xpatch", None) if self.kind == "forward" else None
+        rows = kwargs.pop(
+            "xpatch", None
+        )  # a part gets it too where `model.forward(...)` is called past the model's hooks
         batch = batch_of(args, kwargs)
         if _in_graph():
             token = None if rows is None else rows.token
@@ -73,7 +90,7 @@ class Enter(_Hook):
 
 
 @_not_a_graph_of_its_own
-class Exit(_Hook):
+class Exit(Hook):
     """After the outermost call, also a failed one: let go of the snapshot."""
 
     def __init__(self, runtime: Runtime, kind: Kind) -> None:
@@ -87,7 +104,7 @@ class Exit(_Hook):
             self.runtime.exit(self.kind)
 
 
-class Generate(_Hook):
+class Generate(Hook):
     """Stands in for `model.generate`: one call of it sees one snapshot, however many forwards it makes."""
 
     def __init__(self, runtime: Runtime, before: Any) -> None:
@@ -109,7 +126,7 @@ class Generate(_Hook):
 
 
 @_not_a_graph_of_its_own
-class Keep(_Hook):
+class Keep(Hook):
     """Before an FFN's up projection: remember its input for the patches that join behind its down projection."""
 
     def __init__(self, runtime: Runtime, site: str, slot: Slot) -> None:
@@ -122,11 +139,11 @@ class Keep(_Hook):
         if _in_graph():
             self.slot.x = x
         elif x is not None:
-            self.runtime.keep(self.site, self.slot, x)
+            self.runtime.keep(self.site, self.slot, x, module)
 
 
 @_not_a_graph_of_its_own
-class Add(_Hook):
+class Add(Hook):
     """Behind an FFN's down projection: add its patches."""
 
     def __init__(self, runtime: Runtime, site: str, slot: Slot) -> None:
@@ -141,11 +158,11 @@ class Add(_Hook):
             self.slot.x = None
             return None if x is None else _in_the_graph(self, x, output)
         x = self.slot.take()
-        return None if x is None else _beside(self, x, output)
+        return None if x is None else _beside(self, x, output, module)
 
 
 @_not_a_graph_of_its_own
-class Beside(_Hook):
+class Beside(Hook):
     """Beside one module (a linear layer, a whole block of experts): add its patches."""
 
     def __init__(self, runtime: Runtime, site: str) -> None:
@@ -157,7 +174,7 @@ class Beside(_Hook):
         x = first_tensor(args, kwargs)
         if x is None:
             return None
-        return _in_the_graph(self, x, output) if _in_graph() else _beside(self, x, output)
+        return _in_the_graph(self, x, output) if _in_graph() else _beside(self, x, output, module)
 
 
 def _in_the_graph(hook: Add | Beside, x: torch.Tensor, output: Any) -> Any:
@@ -166,28 +183,8 @@ def _in_the_graph(hook: Add | Beside, x: torch.Tensor, output: Any) -> Any:
     return (out, *output[1:]) if isinstance(output, tuple) else out
 
 
-def _beside(hook: Add | Beside, x: torch.Tensor, output: Any) -> Any:
+def _beside(hook: Add | Beside, x: torch.Tensor, output: Any, module: nn.Module) -> Any:
     """The output with its patches, or None (as it is). Of several outputs the first is the hidden state."""
     y = output[0] if isinstance(output, tuple) else output
-    out = hook.runtime.add(hook.site, x, y, hook.runtime.call())
+    out = hook.runtime.add(hook.site, x, y, hook.runtime.call(module))
     return (out, *output[1:]) if isinstance(output, tuple) and out is not None else out
-
-
-@_not_a_graph_of_its_own
-class Again(_Hook):
-    """Before a layer that holds a site: if the layer is computed again for a backward pass, bring its call back."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not _in_graph() and (torch.is_grad_enabled() or module.training):
-            x = first_tensor(args, kwargs)
-            if x is not None:
-                self.runtime.begin_layer(x)
-
-
-@_not_a_graph_of_its_own
-class AgainEnd(_Hook):
-    """After such a layer."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not _in_graph():
-            self.runtime.end_layer()

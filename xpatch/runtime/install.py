@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
 
 from xpatch.models.surgery import Surgery
+from xpatch.patches.weights import innermost
 from xpatch.runtime.calls import Slot
-from xpatch.runtime.hooks import Add, Again, AgainEnd, Beside, Enter, Exit, Generate, Keep
+from xpatch.runtime.hooks import Add, Beside, Enter, Exit, Generate, Hook, Keep
 from xpatch.runtime.saving import SavePretrained
 
 if TYPE_CHECKING:
     from xpatch.runtime.attach import Runtime
     from xpatch.runtime.snapshot import Point
+
+
+class Seat(NamedTuple):
+    """Where a hooked module sits in its parent. Adapters and quantisation put another one there, whose calls go past the hooks."""
+
+    parent: nn.Module
+    name: str
+    module: nn.Module
+
+    @property
+    def taken(self) -> bool:
+        """Whether another module sits there now."""
+        return self.parent._modules.get(self.name) is not self.module
+
+    def strip(self, runtime: Runtime) -> None:
+        """Take off the hooks that whoever took the seat got a copy of: torch's own quantisation hands them on."""
+        successor = self.parent._modules.get(self.name)
+        if successor is None or successor is self.module:
+            return
+        for hooks in (successor._forward_pre_hooks, successor._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) and hook.runtime is runtime]:
+                hooks.pop(key)
+
+
+def seats_of(model: nn.Module, point: Point) -> list[Seat]:
+    """The seats of the modules that a point's hooks are on."""
+    split = [
+        (model.get_submodule(parent), name)
+        for parent, _, name in (n.rpartition(".") for n in (point.reads, point.adds))
+    ]
+    return [Seat(innermost(parent), name, parent.get_submodule(name)) for parent, name in split]
 
 
 def install_base(runtime: Runtime, surgery: Surgery) -> None:
@@ -32,23 +66,11 @@ def install_base(runtime: Runtime, surgery: Surgery) -> None:
 
 
 def install_point(runtime: Runtime, point: Point, surgery: Surgery, slot: Slot) -> None:
-    """The hooks of one site, and those that recognise its layer when a backward pass computes it again."""
+    """The hooks of one site."""
     model = runtime.model
     adds = model.get_submodule(point.adds)
-    layer = layer_of(point.adds)
-    if layer is not None:
-        surgery.after(model.get_submodule(layer), AgainEnd(runtime), always=True)
     if point.reads == point.adds:
         surgery.after(adds, Beside(runtime, point.site), kwargs=True)
     else:
         surgery.after(adds, Add(runtime, point.site, slot))
         surgery.before(model.get_submodule(point.reads), Keep(runtime, point.site, slot), kwargs=True)
-    if layer is not None:
-        surgery.before(model.get_submodule(layer), Again(runtime), first=True, kwargs=True)
-
-
-def layer_of(name: str) -> str | None:
-    """The layer a module lies in: "bert.encoder.layer.3.output.dense" -> "bert.encoder.layer.3"; None outside of all layers."""
-    words = name.split(".")
-    number = next((index for index, word in enumerate(words) if word.isdecimal()), None)
-    return None if number is None or number + 1 == len(words) else ".".join(words[: number + 1])

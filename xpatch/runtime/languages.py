@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from xpatch.errors import BackendError, MismatchError
+from xpatch.patches.locks import new_lock
 
 AUTO = "auto"
 
@@ -44,7 +44,7 @@ _UNDER = {
     "fil": "tl", "iw": "he", "in": "id",
 }  # fmt: skip
 _NO_LANGUAGE = "zxx"
-_LOCK = threading.Lock()
+_LOCK = new_lock()
 _warned = False
 
 

@@ -22,6 +22,8 @@ def add_patches(
     `firings`, where given, hears which neurons fired; the result is the same. Differentiable.
     """
     dtype = compute_dtype(y.dtype)
+    if firings is not None and not firings.counts_on(y.device):
+        firings = None
     with _no_autocast(y.device):
         x = x.to(device=y.device, dtype=dtype)
         total: torch.Tensor | None = None
@@ -50,7 +52,7 @@ def _delta(
     """One part's own `[..., D_out]`: masked, computed, masked, gated (on the part's unmasked input)."""
     tensors = part.tensors.on(x.device, x.dtype)
     language = _language(part, x, route)
-    entered = x if language is None else mask(x, tensors["mask_inner"], language)
+    entered = _entering(tensors, x, language)
     fired: torch.Tensor | None = None
     if isinstance(part.part, PatchNeurons):
         arguments = (entered, tensors["keys"], tensors["bias"], tensors["values"], part.part.activation)
@@ -68,6 +70,19 @@ def _delta(
     if firings is not None and (fired is not None or opened is not None):
         firings.record(part, _acting(fired, opened, here), route)
     return delta if opened is None else torch.where(opened, delta, 0)
+
+
+def scores(part: PreparedPart, x: torch.Tensor, route: Route) -> torch.Tensor:
+    """`x·key + bias` of every neuron of a part, as `add_patches` computes it: x `[..., D]` -> `[..., N]`."""
+    tensors = part.tensors.on(x.device, compute_dtype(x.dtype))
+    x = x.to(compute_dtype(x.dtype))
+    return torch.nn.functional.linear(
+        _entering(tensors, x, _language(part, x, route)), tensors["keys"], tensors["bias"]
+    )
+
+
+def _entering(tensors: dict[str, torch.Tensor], x: torch.Tensor, language: torch.Tensor | None) -> torch.Tensor:
+    return x if language is None else mask(x, tensors["mask_inner"], language)
 
 
 @torch.no_grad()
@@ -104,7 +119,7 @@ def _language(part: PreparedPart, x: torch.Tensor, route: Route) -> torch.Tensor
     """Row of the mask's tables for each leading row of x, or one for all; None where no mask applies."""
     if part.languages is None or route.languages is None:
         return None
-    known = {language: index for index, language in enumerate(part.languages)}
+    known: dict[str | None, int] = {language: index for index, language in enumerate(part.languages)}
     if isinstance(route.languages, str):
         return torch.tensor(known.get(route.languages, len(known)), device=x.device)
     return spread(torch.tensor([known.get(name, len(known)) for name in route.languages], device=x.device), x)

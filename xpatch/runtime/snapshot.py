@@ -63,12 +63,13 @@ class PreparedPart:
 
 @dataclass(frozen=True, eq=False)
 class AppliedSet:
-    """A named set with its prepared parts."""
+    """A named set with its prepared parts. expired: edits that were left out; `patches` is without them, `fingerprint` is not."""
 
     name: str
     patches: PatchSet
     fingerprint: str
     parts: tuple[PreparedPart, ...]
+    expired: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

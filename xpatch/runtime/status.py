@@ -12,15 +12,15 @@ from xpatch.ops.native import backend_for
 from xpatch.patches.types import PatchNeurons
 from xpatch.runtime.attach import WRITERS, Runtime, runtime_of
 from xpatch.runtime.columns import columns
-from xpatch.runtime.firings import Firings, countable
+from xpatch.runtime.firings import Firings, countable, first_token_sites
 from xpatch.runtime.snapshot import AppliedSet, PreparedPart, compute_dtype
 
 
 @dataclass(frozen=True)
 class PartStatus:
     """One part at work. count: neurons, ranks, or 0 for a dense delta. bytes: its tensors in fp32. kernel: "native" or
-    "reference". fired: (row, neuron) pairs above zero since counting began, for a gated delta the rows its gate let through; None
-    while nothing is counted and for a delta without a gate, which acts on every row."""
+    "reference". fired: (input, neuron) pairs since counting began, for a gated delta the inputs its gate opened for (see
+    `xpatch.firings`); None while nothing is counted and for a delta without a gate, which acts on every input."""
 
     set_name: str
     part: str
@@ -34,12 +34,12 @@ class PartStatus:
 
 @dataclass(frozen=True)
 class SetStatus:
-    """One applied set. edits: entries of its ledger. expired: how many of them are past their time and left out."""
+    """One applied set. edits: entries of its ledger that are in force. expired: the ids of those past their time, left out."""
 
     name: str
     fingerprint: str
     edits: int
-    expired: int = 0
+    expired: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Status:
         if not self.sets:
             return "no patches applied"
         lines = [
-            f"{item.name}  {item.edits} edits{f' ({item.expired} expired)' if item.expired else ''}  {item.fingerprint[:12]}"
+            f"{item.name}  {item.edits} edits{_left_out(item.expired)}  {item.fingerprint[:12]}"
             for item in self.sets
         ]
         head = ("set", "part", "site", "form", "count", "bytes", "kernel", "fired")
@@ -99,7 +99,7 @@ def status_of(model: nn.Module, count: bool | None) -> Status:
         return Status()
     if count is not None:
         with WRITERS:
-            runtime.firings = Firings() if count else None
+            runtime.firings = Firings(first_token=first_token_sites(runtime.model)) if count else None
     snapshot, firings = runtime.snapshot, runtime.firings
     parts = [part for applied in snapshot.sets.values() for part in applied.parts]
     return Status(
@@ -109,8 +109,14 @@ def status_of(model: nn.Module, count: bool | None) -> Status:
 
 
 def _set(applied: AppliedSet) -> SetStatus:
-    expired = getattr(applied, "expired", ())
-    return SetStatus(applied.name, applied.fingerprint, len(applied.patches), len(expired))
+    return SetStatus(applied.name, applied.fingerprint, len(applied.patches), applied.expired)
+
+
+def _left_out(expired: tuple[str, ...]) -> str:
+    if not expired:
+        return ""
+    more = f" and {len(expired) - 3} more" if expired[3:] else ""
+    return f" ({len(expired)} expired: {', '.join(expired[:3])}{more})"
 
 
 def _part(runtime: Runtime, part: PreparedPart, firings: Firings | None) -> PartStatus:

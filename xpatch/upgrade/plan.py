@@ -12,6 +12,7 @@ from xpatch.editors import methods
 from xpatch.errors import FormatError, MismatchError
 from xpatch.evaluation.predict import label_names
 from xpatch.patches.checks import thawed
+from xpatch.patches.expiry import expiry_of
 from xpatch.patches.requests import EditRequest
 from xpatch.patches.types import EditRecord, PatchSet
 
@@ -29,11 +30,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """batches: in the order of their first edit. left_out: id -> ("redacted" or "expired", why). warnings: whole sentences."""
+    """batches: in the order of their first edit. left_out: id -> ("redacted" or "expired", why)."""
 
     batches: tuple[Batch, ...]
     left_out: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
 
     @property
     def requests(self) -> tuple[EditRequest, ...]:
@@ -55,7 +55,7 @@ def plan(
     An edit keeps the method, preset, settings and seed of its record. method, preset, seed replace them; the recorded settings go
     with another method or a named preset. overrides replace single settings. now: what expiry dates are compared with (aware).
 
-    Raises `FormatError` for a set without a ledger, `MismatchError` for a method there is not and where no edit is left.
+    Raises `FormatError` for a set without a ledger or an expiry that is no date, `MismatchError` for a method there is not and where no edit is left.
     """
     if not patches.edits:
         raise FormatError(
@@ -64,10 +64,9 @@ def plan(
         )
     moment = now or datetime.datetime.now(datetime.timezone.utc)
     left_out: dict[str, tuple[str, str]] = {}
-    warnings: list[str] = []
     batches: dict[str, Batch] = {}
     for record in patches.edits:
-        reason = _why_not(record, moment, warnings)
+        reason = _why_not(record, moment)
         if reason is not None:
             left_out[record.id] = reason
             continue
@@ -83,7 +82,7 @@ def plan(
             f"none of the {len(left_out)} edits can be trained again: all are {' or '.join(words)}; "
             "give the requests themselves (xpatch edit --requests FILE)"
         )
-    return Plan(tuple(batches.values()), left_out, tuple(warnings))
+    return Plan(tuple(batches.values()), left_out)
 
 
 def check_labels(requests: Sequence[EditRequest], patches: PatchSet, model: Any) -> None:
@@ -117,30 +116,12 @@ def check_labels(requests: Sequence[EditRequest], patches: PatchSet, model: Any)
         )
 
 
-def expired(text: str, now: datetime.datetime) -> bool | None:
-    """Whether an ISO 8601 date (its last moment in UTC) or time (UTC where it names no zone) is past; None for anything else."""
-    text = text.strip()
-    try:
-        if len(text) == len("2026-01-31"):
-            return now.astimezone(datetime.timezone.utc).date() > datetime.date.fromisoformat(text)
-        moment = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    return now >= (moment if moment.tzinfo is not None else moment.replace(tzinfo=datetime.timezone.utc))
-
-
-def _why_not(record: EditRecord, now: datetime.datetime, warnings: list[str]) -> tuple[str, str] | None:
+def _why_not(record: EditRecord, now: datetime.datetime) -> tuple[str, str] | None:
     request = record.request
     if request is None:
         return "redacted", "its request was removed from the ledger"
-    if request.expires is not None:
-        past = expired(request.expires, now)
-        if past:
-            return "expired", f"expired {request.expires}"
-        if past is None:
-            warnings.append(
-                f"edit {record.id!r}: expires {request.expires!r} is no ISO 8601 date; taken as not expired"
-            )
+    if request.expires is not None and expiry_of(request.expires, f"edit {record.id!r}, expires") <= now:
+        return "expired", f"expired {request.expires}"
     bare = [language for language in request.versions if request.target_of(language) is None]
     if bare:
         return "redacted", f"its target was removed from the ledger ({', '.join(bare)})"

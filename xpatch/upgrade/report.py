@@ -63,7 +63,6 @@ class UpgradeReport(_Frozen):
     compared: bool
     edits: tuple[EditReport, ...]
     languages: dict[str, LanguageReport]
-    warnings: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:

@@ -219,7 +219,6 @@ def _report(
         compared=before is not None,
         edits=tuple(edits),
         languages=summed(tuple(edits)),
-        warnings=todo.warnings,
     )
 
 
