@@ -65,7 +65,15 @@ def run(
                 share = {"added_ms": round(added, 4), "added_percent": round(100 * added / point["off_p50_ms"], 3)}
                 points.append({"batch": batch, "tokens": tokens, "neurons": neurons, **point, **share})
                 bar.end()
-    result = {**machine.header([0], command), "layers": layers, "width": width, "repeats": repeats, "points": points}
+    result = {
+        "benchmark": "firings",
+        "unit": "ms",
+        "header": machine.header([0], command),
+        "layers": layers,
+        "width": width,
+        "repeats": repeats,
+        "points": points,
+    }
     if out is not None:
         machine.write_json(result, Path(out))
     return result

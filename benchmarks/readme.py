@@ -113,8 +113,8 @@ def swap_table(result: Mapping[str, Any]) -> str:
     times = {
         f"replace a live set of {result['patches']} patches": "swap_ms",
         "the same, loading the set from its folder first": "load_and_swap_ms",
-        "load the model again in the same process": "reload_ms",
-        "the same, until it has answered once": "reload_answer_ms",
+        "`from_pretrained` in the same process, no weight read yet": "from_pretrained_ms",
+        "the same until the first answer, less a usual answer": "reload_ms",
         "start a new process until it has answered once": "restart_ms",
     }
     body = [

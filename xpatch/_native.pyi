@@ -1,4 +1,5 @@
-# Types of the compiled module (csrc/bindings/module.cpp). Pointers and streams are plain integers.
+# Types of the compiled module (csrc/bindings/module.cpp). Pointers and streams are plain integers;
+# `fired` is 0 where it is not wanted.
 from typing import Any
 
 __version__: str
@@ -12,6 +13,7 @@ def patch_ffn_cpu(
     bias: int,
     values: int,
     out: int,
+    fired: int,
     M: int,
     D: int,
     N: int,
@@ -30,6 +32,7 @@ def patch_ffn_cuda(
     bias: int,
     values: int,
     out: int,
+    fired: int,
     M: int,
     D: int,
     N: int,

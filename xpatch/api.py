@@ -171,7 +171,8 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
 def status(model: nn.Module, *, count: bool | None = None) -> Status:
     """What is applied to `model`: names, fingerprints, and per part its site, size, kernel and firings.
 
-    count: True starts (again from zero) and False stops the counting of firings, which costs one more product with the keys.
+    count: True starts the counting of firings (again from zero, on every device), False stops it. Calls on the CPU are counted from
+    the first apply on, which costs less than 1 % of a call (`python -m xpatch.benchmarks.firings`).
     """
     return status_of(model, count)
 

@@ -13,9 +13,9 @@ namespace py = pybind11;
 
 namespace {
 
-xpatch::PatchFfn patch_ffn_from(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out, int64_t M,
-                                int64_t D, int64_t N, int64_t V, int64_t x_stride, int64_t keys_stride,
-                                int64_t values_stride, int dtype, int activation) {
+xpatch::PatchFfn patch_ffn_from(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out,
+                                uintptr_t fired, int64_t M, int64_t D, int64_t N, int64_t V, int64_t x_stride,
+                                int64_t keys_stride, int64_t values_stride, int dtype, int activation) {
   XPATCH_CHECK(xpatch::is_dtype(dtype), "patch_ffn: unknown dtype code " << dtype);
   XPATCH_CHECK(xpatch::is_activation(activation), "patch_ffn: unknown activation code " << activation);
   xpatch::PatchFfn op;
@@ -24,6 +24,7 @@ xpatch::PatchFfn patch_ffn_from(uintptr_t x, uintptr_t keys, uintptr_t bias, uin
   op.bias = reinterpret_cast<const void*>(bias);
   op.values = reinterpret_cast<const void*>(values);
   op.out = reinterpret_cast<void*>(out);
+  op.fired = reinterpret_cast<uint8_t*>(fired);
   op.M = M;
   op.D = D;
   op.N = N;
@@ -36,20 +37,20 @@ xpatch::PatchFfn patch_ffn_from(uintptr_t x, uintptr_t keys, uintptr_t bias, uin
   return op;
 }
 
-void patch_ffn_cpu(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out, int64_t M, int64_t D,
-                   int64_t N, int64_t V, int64_t x_stride, int64_t keys_stride, int64_t values_stride, int dtype,
-                   int activation, int threads) {
-  xpatch::patch_ffn(
-      patch_ffn_from(x, keys, bias, values, out, M, D, N, V, x_stride, keys_stride, values_stride, dtype, activation),
-      threads);
+void patch_ffn_cpu(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out, uintptr_t fired,
+                   int64_t M, int64_t D, int64_t N, int64_t V, int64_t x_stride, int64_t keys_stride,
+                   int64_t values_stride, int dtype, int activation, int threads) {
+  xpatch::patch_ffn(patch_ffn_from(x, keys, bias, values, out, fired, M, D, N, V, x_stride, keys_stride, values_stride,
+                                   dtype, activation),
+                    threads);
 }
 
-void patch_ffn_cuda(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out, int64_t M, int64_t D,
-                    int64_t N, int64_t V, int64_t x_stride, int64_t keys_stride, int64_t values_stride, int dtype,
-                    int activation, uintptr_t stream) {
-  xpatch::patch_ffn_cuda(
-      patch_ffn_from(x, keys, bias, values, out, M, D, N, V, x_stride, keys_stride, values_stride, dtype, activation),
-      reinterpret_cast<void*>(stream));
+void patch_ffn_cuda(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out, uintptr_t fired,
+                    int64_t M, int64_t D, int64_t N, int64_t V, int64_t x_stride, int64_t keys_stride,
+                    int64_t values_stride, int dtype, int activation, uintptr_t stream) {
+  xpatch::patch_ffn_cuda(patch_ffn_from(x, keys, bias, values, out, fired, M, D, N, V, x_stride, keys_stride,
+                                        values_stride, dtype, activation),
+                         reinterpret_cast<void*>(stream));
 }
 
 std::string compiler() {

@@ -59,6 +59,13 @@ Rows rows_as_fp32(const void* matrix, DType dtype, int64_t stride, int64_t first
   return {buffer.get(), width};
 }
 
+// fired[rows,neurons] = h[rows,neurons] > 0
+void mark_fired(const float* h, int64_t h_stride, int64_t rows, int64_t neurons, uint8_t* fired, int64_t fired_stride) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t n = 0; n < neurons; ++n) fired[row * fired_stride + n] = h[row * h_stride + n] > 0.0f;
+  }
+}
+
 }  // namespace
 
 void check(const PatchFfn& op) {
@@ -81,7 +88,7 @@ void check(const PatchFfn& op) {
 void patch_ffn(const PatchFfn& op, int threads) {
   check(op);
   XPATCH_CHECK(threads >= 1, "patch_ffn: threads must be at least 1, found " << threads);
-  if (op.M == 0 || op.V == 0) return;
+  if (op.M == 0 || (op.V == 0 && op.fired == nullptr)) return;
 
   const bool wide = op.dtype == DType::fp32;
   const double work = static_cast<double>(op.M) * static_cast<double>(op.N) * static_cast<double>(op.D + op.V);
@@ -116,6 +123,11 @@ void patch_ffn(const PatchFfn& op, int threads) {
                       bias.get() + neuron0 + neuron, std::min(kBlockRows, rows - row),
                       std::min(kBlockNeurons, neurons - neuron), op.D, op.activation, h.get() + row * chunk + neuron,
                       chunk);
+        if (op.fired != nullptr) {
+          mark_fired(h.get() + row * chunk + neuron, chunk, std::min(kBlockRows, rows - row),
+                     std::min(kBlockNeurons, neurons - neuron), op.fired + (row0 + row) * op.N + neuron0 + neuron,
+                     op.N);
+        }
       });
       parallel_for(row_blocks * blocks(op.V, kBlockColumns), threads, [&](int64_t task) {
         const int64_t row = task % row_blocks * kBlockRows, column = task / row_blocks * kBlockColumns;

@@ -6,6 +6,9 @@
 // every dtype. A relu neuron whose activation is exactly 0 adds nothing and its value row is not read; this equals the
 // dense formula as long as `values` is finite, which is checked when a patch set is created. NaN and Inf in x, keys or
 // bias propagate as in the dense formula.
+//
+// On wish it also says which neurons fired: fired[M,N] is 1 where the activation is above zero, which for every one of
+// these activations is where the score x keys^T + bias is above zero, and 0 elsewhere (NaN included).
 #pragma once
 
 #include <cstdint>
@@ -23,6 +26,7 @@ struct PatchFfn {
   const void* bias = nullptr;
   const void* values = nullptr;
   void* out = nullptr;
+  uint8_t* fired = nullptr;  // [M,N], dense; null: not wanted
   int64_t M = 0, D = 0, N = 0, V = 0;
   int64_t x_stride = 0, keys_stride = 0, values_stride = 0;
   DType dtype = DType::fp32;

@@ -60,7 +60,13 @@ __global__ void __launch_bounds__(kThreads) patch_ffn_kernel(PatchFfn op, int co
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         for (int step = kWarp / 2; step > 0; step /= 2) sums[r] += __shfl_xor_sync(0xFFFFFFFFu, sums[r], step);
-        if (lane == 0) h[r * kNeurons + n] = activate<A>(sums[r] + as_float(bias[neuron0 + n]));
+        if (lane == 0) {
+          const float score = activate<A>(sums[r] + as_float(bias[neuron0 + n]));
+          h[r * kNeurons + n] = score;
+          if (op.fired != nullptr && blockIdx.y == 0 && r < rows) {
+            op.fired[(row0 + r) * op.N + neuron0 + n] = score > 0.0f;
+          }
+        }
       }
     }
     __syncthreads();
@@ -90,9 +96,9 @@ __global__ void __launch_bounds__(kThreads) patch_ffn_kernel(PatchFfn op, int co
 
 template <typename T, Activation A>
 void launch(const PatchFfn& op, cudaStream_t stream) {
-  const int columns = static_cast<int>(std::min<int64_t>(op.V, kColumns));
+  const int columns = static_cast<int>(std::max<int64_t>(std::min<int64_t>(op.V, kColumns), 1));
   const dim3 grid(static_cast<unsigned>((op.M + kRows - 1) / kRows),
-                  static_cast<unsigned>((op.V + columns - 1) / columns));
+                  static_cast<unsigned>(std::max<int64_t>((op.V + columns - 1) / columns, 1)));
   const size_t shared_bytes = static_cast<size_t>(kRows) * (columns + kNeurons) * sizeof(float);
   patch_ffn_kernel<T, A><<<grid, kThreads, shared_bytes, stream>>>(op, columns);
 }
@@ -117,7 +123,7 @@ void launch(const PatchFfn& op, cudaStream_t stream) {
 
 void patch_ffn_cuda(const PatchFfn& op, void* stream_handle) {
   check(op);
-  if (op.M == 0 || op.V == 0) return;
+  if (op.M == 0 || (op.V == 0 && op.fired == nullptr)) return;
   auto* stream = static_cast<cudaStream_t>(stream_handle);
   switch (op.dtype) {
     case DType::fp32:

@@ -21,6 +21,7 @@ COMMANDS = [
     ("bench", "crosslingual"),
     ("bench", "swap"),
     ("diff",),
+    ("check",),
     ("sign",),
     ("store", "list"),
     ("store", "publish"),

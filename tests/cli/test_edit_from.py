@@ -122,13 +122,12 @@ def test_expired_edits_are_left_out_and_named(
     again: Callable[..., Any], trained: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     def expire(record: Any) -> Any:
-        date = {"1": "2020-01-01", "2": "whenever"}[record.id]
+        date = {"1": "2020-01-01", "2": "2990-01-01"}[record.id]
         return dataclasses.replace(record, request=record.request.model_copy(update={"expires": date}))
 
     result = again(**{"from": changed(trained, tmp_path / "expiring", expire), "model": model_folder})
     assert result.code == 0, result.out + result.err
     assert "expired 2020-01-01" in result.out
-    assert "'whenever' is no ISO 8601 date" in result.err
 
 
 def test_either_requests_or_from(run: Callable[..., Any], trained: Path, model_folder: Path, requests_file: Path, tmp_path: Path) -> None:  # fmt: skip

@@ -86,7 +86,9 @@ void test_patch_ffn(int64_t M, int64_t D, int64_t N, int64_t V, int64_t gap, DTy
   op.dtype = dtype;
   op.activation = activation;
   xpatch::patch_ffn(op, 1);
+  std::vector<uint8_t> fired(static_cast<size_t>(M * N), 2);
   op.out = again.bytes.data();
+  op.fired = fired.data();
   xpatch::patch_ffn(op, 4);
   EXPECT(out.bytes == again.bytes);
 
@@ -96,6 +98,7 @@ void test_patch_ffn(int64_t M, int64_t D, int64_t N, int64_t V, int64_t gap, DTy
     for (int64_t n = 0; n < N; ++n) {
       double z = element(bias, dtype, 0, n);
       for (int64_t d = 0; d < D; ++d) z += element(x, dtype, m, d) * element(keys, dtype, n, d);
+      if (std::fabs(z) > 1e-4) EXPECT(fired[static_cast<size_t>(m * N + n)] == (z > 0));
       const double h = activate(activation, z);
       for (int64_t v = 0; v < V; ++v) {
         expected[static_cast<size_t>(v)] += h * element(values, dtype, n, v);

@@ -127,7 +127,7 @@ print(native.info()["isa"], worst < 1, worst)
 
 def test_native_checks_codes_sizes_and_pointers():
     module = native.load()
-    good = dict(zip("x keys bias values out M D N V xs ks vs dtype act threads".split(), [0] * 15, strict=True))
+    good = dict(zip("x keys bias values out fired M D N V xs ks vs dtype act threads".split(), [0] * 16, strict=True))
     good["threads"] = 1
     module.patch_ffn_cpu(*good.values())
     for name, value, words in [

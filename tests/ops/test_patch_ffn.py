@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xpatch.errors import MismatchError
-from xpatch.ops import ACTIVATIONS, native, patch_ffn, reference
+from xpatch.ops import ACTIVATIONS, native, patch_ffn, patch_ffn_fired, reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -148,6 +148,38 @@ def test_a_row_does_not_depend_on_its_batch():
         whole = patch_ffn(x, keys, bias, values, activation)
         for m in (0, 1, 33, 69):
             assert torch.equal(patch_ffn(x[m : m + 1], keys, bias, values, activation), whole[m : m + 1])
+
+
+@both_backends
+@pytest.mark.parametrize("device", DEVICES)
+@given(M=counts, D=sizes, N=counts, V=sizes, dtype=dtypes, activation=activations, seed=st.integers(0, 2**32))
+def test_which_neurons_fired(device, M, D, N, V, dtype, activation, seed):
+    x, keys, bias, values = draw(M, D, N, V, dtype, device, torch.Generator().manual_seed(seed))
+    out, fired = patch_ffn_fired(x, keys, bias, values, activation)
+    assert torch.equal(out, patch_ffn(x, keys, bias, values, activation))
+    assert fired.shape == (M, N) and fired.dtype == torch.bool and fired.is_contiguous()
+    scores = F.linear(x.double(), keys.double(), bias.double())
+    clear = scores.abs() > TOLERANCE[dtype] * (1 + F.linear(x.double().abs(), keys.double().abs()))
+    assert torch.equal(fired[clear], scores[clear] > 0)
+
+
+@both_backends
+def test_fired_over_several_panels_and_chunks_and_leading_axes():
+    x, keys, bias, values = draw(300, 40, 1100, 7)
+    out, fired = patch_ffn_fired(x.reshape(3, 100, 40), keys, bias, values, "relu")
+    assert fired.shape == (3, 100, 1100) and out.shape == (3, 100, 7)
+    scores = F.linear(x.double(), keys.double(), bias.double()).reshape(3, 100, 1100)
+    clear = scores.abs() > 1e-4
+    assert torch.equal(fired[clear], scores[clear] > 0)
+
+
+@both_backends
+def test_fired_without_output_columns_and_with_nan():
+    x, keys, bias, values = draw(5, 8, 6, 0)
+    bias[2] = float("nan")
+    out, fired = patch_ffn_fired(x, keys, bias, values, "relu")
+    assert out.shape == (5, 0) and not fired[:, 2].any()
+    assert torch.equal(fired[:, [0, 1]], F.linear(x, keys, bias)[:, [0, 1]] > 0)
 
 
 @both_backends

@@ -1,11 +1,11 @@
-"""The registered op: schema, fake, autograd, compile, export."""
+"""The registered ops: schema, fake, autograd, compile, export."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from xpatch.ops import ACTIVATIONS, patch_ffn, reference
+from xpatch.ops import ACTIVATIONS, patch_ffn, patch_ffn_fired, reference
 
 
 def draw(dtype=torch.float32, requires_grad=False, lead=(4,)):
@@ -15,9 +15,20 @@ def draw(dtype=torch.float32, requires_grad=False, lead=(4,)):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(activation, requires_grad):
+@pytest.mark.parametrize("name", ["patch_ffn", "patch_ffn_fired"])
+def test_opcheck(name, activation, requires_grad):
     arguments = (*draw(requires_grad=requires_grad, lead=(2, 4)), activation)
-    torch.library.opcheck(torch.ops.xpatch.patch_ffn.default, arguments)
+    torch.library.opcheck(getattr(torch.ops.xpatch, name).default, arguments)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_fired_has_no_gradient_and_changes_none(activation):
+    tensors = draw(requires_grad=True, lead=(2, 4))
+    out, fired = patch_ffn_fired(*tensors, activation)
+    assert out.requires_grad and not fired.requires_grad and fired.dtype == torch.bool
+    found = torch.autograd.grad(out.square().sum(), tensors)
+    expected = torch.autograd.grad(patch_ffn(*tensors, activation).square().sum(), tensors)
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -76,3 +87,5 @@ def test_meta_tensors_give_shapes_only():
     tensors = [t.to("meta") for t in draw(torch.bfloat16)]
     found = patch_ffn(*tensors, "relu")
     assert found.shape == (4, 3) and found.dtype == torch.bfloat16 and found.device.type == "meta"
+    again, fired = patch_ffn_fired(*tensors, "relu")
+    assert again.shape == (4, 3) and fired.shape == (4, 6) and fired.dtype == torch.bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 
 import pytest
@@ -286,7 +287,9 @@ def test_compiled_calls_in_threads_see_only_published_states(tiny, token_ids, pa
     threads = [threading.Thread(target=infer) for _ in range(3)]
     for thread in threads:
         thread.start()
-    for turn in range(150):
+    for turn in itertools.count():
+        if failures or (turn >= 150 and len(seen) > 20):
+            break
         if turn % 5 == 4:
             xpatch.remove(model)
         else:
@@ -295,4 +298,4 @@ def test_compiled_calls_in_threads_see_only_published_states(tiny, token_ids, pa
     for thread in threads:
         thread.join()
     assert not failures
-    assert len(seen) > 10 and set(seen) <= states
+    assert set(seen) <= states

@@ -29,8 +29,8 @@ def test_a_runtime_without_pins_is_caught(monkeypatch):
     """Each site looks at what is published at that moment, as it would if calls pinned nothing."""
     pinned = Runtime.call
 
-    def unpinned(runtime):
-        call = pinned(runtime)
+    def unpinned(runtime, *within):
+        call = pinned(runtime, *within)
         return call if is_switched_off(runtime.model) else Call(runtime.snapshot, call.route)
 
     monkeypatch.setattr(Runtime, "call", unpinned)

@@ -174,6 +174,13 @@ def test_given_texts_limit_and_redacted_requests(verifier, turn, claims):
     assert len(mine.check(model, tokenizer, [claims["ipod"]["en"]]).oppositions) == 1
 
 
+def test_expired_edits_are_left_out(verifier, turn):
+    model, tokenizer = verifier
+    xpatch.apply(model, turn(["ipod"], "REFUTES"), name="served")
+    assert turn(["ipod"], "SUPPORTS", name="mine", expires="2001-01-01").check(model, tokenizer).ok
+    assert not turn(["ipod"], "SUPPORTS", name="mine", expires="9999-01-01").check(model, tokenizer).ok
+
+
 def test_language_models_and_deltas(tiny, word_tokenizer, owned):
     """Two deltas without a gate act on every text; opposite ones are found."""
     from dataclasses import replace

@@ -111,3 +111,9 @@ def test_language_models(tiny, word_tokenizer, owned):
     found = diff(model, word_tokenizer, owned(model), texts=["w5 [MASK] w7", "w5 w6 w7 [MASK]"])
     assert len(found.rows) == 2 and all(row.before.startswith(("w", "[")) for row in found.rows)
     assert any(row.fired_after for row in found.rows)
+
+
+def test_expired_edits_are_left_out(verifier, turn, texts):
+    model, tokenizer = verifier
+    assert len(diff(model, tokenizer, turn(["ipod"], "REFUTES", expires="2001-01-01"), texts=texts)) == 0
+    assert len(diff(model, tokenizer, turn(["ipod"], "REFUTES", expires="9999-01-01"), texts=texts)) == 2

@@ -1,10 +1,19 @@
-"""The maths of a patch as operators: one registered op, its pure-torch reference, and the native build behind it.
+"""The maths of a patch as operators: two registered ops, their pure-torch reference, and the native build behind them.
 
-``patch_ffn`` is the only op with a native kernel; ``lowrank``, ``dense`` and ``mask`` are plain torch and live in
-:mod:`xpatch.ops.reference`.
+``patch_ffn`` and ``patch_ffn_fired``, which also says which neurons fired, share the only native kernel; ``lowrank``, ``dense``
+and ``mask`` are plain torch and live in :mod:`xpatch.ops.reference`.
 """
 
 from xpatch.ops.reference import ACTIVATIONS, activate, canonical_activation, dense, lowrank, mask
-from xpatch.ops.registry import patch_ffn
+from xpatch.ops.registry import patch_ffn, patch_ffn_fired
 
-__all__ = ["ACTIVATIONS", "activate", "canonical_activation", "dense", "lowrank", "mask", "patch_ffn"]
+__all__ = [
+    "ACTIVATIONS",
+    "activate",
+    "canonical_activation",
+    "dense",
+    "lowrank",
+    "mask",
+    "patch_ffn",
+    "patch_ffn_fired",
+]

@@ -63,6 +63,12 @@ def patch_ffn(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation:
     return activate(F.linear(x, keys, bias), activation) @ values
 
 
+def patch_ffn_fired(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """:func:`patch_ffn`, and ``[..., N]`` bool: where ``x keysᵀ + bias`` is above zero."""
+    scores = F.linear(x, keys, bias)
+    return activate(scores, activation) @ values, scores > 0
+
+
 def patch_ffn_backward(
     grad: Tensor, x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:

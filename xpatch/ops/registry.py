@@ -1,6 +1,6 @@
-"""Registers ``xpatch::patch_ffn`` with torch: schema, fake, kernels per device, autograd.
+"""Registers ``xpatch::patch_ffn`` and ``xpatch::patch_ffn_fired`` with torch: schema, fake, kernels per device, autograd.
 
-The op is opaque to ``torch.compile`` and ``torch.export`` and differentiable through the formulas of
+The ops are opaque to ``torch.compile`` and ``torch.export`` and differentiable through the formulas of
 :mod:`xpatch.ops.reference`.
 """
 
@@ -17,10 +17,11 @@ from xpatch.ops import native, reference
 _CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
 _library = torch.library.Library("xpatch", "FRAGMENT")
-_library.define(
-    "patch_ffn(Tensor x, Tensor keys, Tensor bias, Tensor values, str activation) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+for _name, _result in (("patch_ffn", "Tensor"), ("patch_ffn_fired", "(Tensor, Tensor)")):
+    _library.define(
+        f"{_name}(Tensor x, Tensor keys, Tensor bias, Tensor values, str activation) -> {_result}",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 
 
 def patch_ffn(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> Tensor:
@@ -45,6 +46,17 @@ def patch_ffn(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation:
         BackendError: the native build was asked for (``XPATCH_BACKEND=native``) and is missing or failed.
     """
     return torch.ops.xpatch.patch_ffn(x, keys, bias, values, activation)
+
+
+def patch_ffn_fired(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """:func:`patch_ffn`, and which neurons fired: those whose score ``x keysᵀ + bias`` is above zero.
+
+    The scores are computed once for both. Arguments and errors as for :func:`patch_ffn`.
+
+    Returns:
+        ``[..., V]``, bit for bit what :func:`patch_ffn` returns, and ``[..., N]`` bool, contiguous, without a gradient.
+    """
+    return torch.ops.xpatch.patch_ffn_fired(x, keys, bias, values, activation)
 
 
 def _check(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> str:
@@ -77,12 +89,15 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix
 
 
-def _run_native(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> Tensor:
+def _run_native(
+    x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str, fired: Tensor | None = None
+) -> Tensor:
     module = native.load()
     rows, keys, values, bias = _rows(x.reshape(-1, x.shape[-1])), _rows(keys), _rows(values), bias.contiguous()
     out = x.new_empty((*x.shape[:-1], values.shape[1]))
     arguments = (
         *(t.data_ptr() for t in (rows, keys, bias, values, out)),
+        0 if fired is None else fired.data_ptr(),
         *(rows.shape[0], rows.shape[1], keys.shape[0], values.shape[1]),
         *(rows.stride(0), keys.stride(0), values.stride(0)),
         native.DTYPE_CODES[x.dtype],
@@ -106,24 +121,40 @@ def _run(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str)
     return reference.patch_ffn(x, keys, bias, values, activation)
 
 
+def _run_fired(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    activation = _check(x, keys, bias, values, activation)
+    if native.backend_for(x.device.type, x.dtype) == "native":
+        fired = x.new_empty((*x.shape[:-1], keys.shape[0]), dtype=torch.bool)
+        return _run_native(x, keys, bias, values, activation, fired), fired
+    return reference.patch_ffn_fired(x, keys, bias, values, activation)
+
+
 def _fake(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> Tensor:
     _check(x, keys, bias, values, activation)
     return x.new_empty((*x.shape[:-1], values.shape[1]))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _fake_fired(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    out = _fake(x, keys, bias, values, activation)
+    return out, x.new_empty((*x.shape[:-1], keys.shape[0]), dtype=torch.bool)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.activation = inputs
     ctx.save_for_backward(*tensors)
+    if isinstance(output, tuple):
+        ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     x, keys, bias, values = ctx.saved_tensors
     needed = tuple(ctx.needs_input_grad[:4])
     return (*reference.patch_ffn_backward(grad, x, keys, bias, values, ctx.activation, needed), None)
 
 
-# CPU and CUDA by name (they may be native); every other device runs the reference through the default kernel.
-for _key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
-    _library.impl("patch_ffn", _run, _key)
-torch.library.register_fake("xpatch::patch_ffn", _fake, lib=_library)
-torch.library.register_autograd("xpatch::patch_ffn", _backward, setup_context=_save, lib=_library)
+for _name, _kernel, _shapes in (("patch_ffn", _run, _fake), ("patch_ffn_fired", _run_fired, _fake_fired)):
+    # CPU and CUDA by name (they may be native); every other device runs the reference through the default kernel.
+    for _key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
+        _library.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"xpatch::{_name}", _shapes, lib=_library)
+    torch.library.register_autograd(f"xpatch::{_name}", _backward, setup_context=_save, lib=_library)

@@ -25,7 +25,7 @@ from xpatch.models.wrappers import plain_name, unwrapped
 from xpatch.runtime import graph
 from xpatch.runtime.calls import BASE_CALL, Call, Kind, Pins, Slot, ThreadState
 from xpatch.runtime.capacity import Capacity, is_capturing
-from xpatch.runtime.firings import Firings
+from xpatch.runtime.firings import Firings, first_token_sites
 from xpatch.runtime.forking import survive_forks
 from xpatch.runtime.hooks import Enter
 from xpatch.runtime.install import Seat, install_base, install_point, seats_of
@@ -46,7 +46,8 @@ class Runtime:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.snapshot = EMPTY
-        self.firings: Firings | None = None  #: counts of which edits fired; None while nothing is counted
+        #: Counts of which edits fired; None where counting is switched off.
+        self.firings: Firings | None = Firings(cpu_only=True, first_token=first_token_sites(model))
         self.prepared: Mapping[str, Point] = {}  #: sites whose hooks stay up without patches
         self.capacity: Capacity | None = None  #: fixed buffers, for captured graphs
         self.places: list[str] = []  #: site names; a compiled graph knows a site by its index here

@@ -85,8 +85,7 @@ class Status:
         if not self.sets:
             return "no patches applied"
         lines = [
-            f"{item.name}  {item.edits} edits{_left_out(item.expired)}  {item.fingerprint[:12]}"
-            for item in self.sets
+            f"{item.name}  {item.edits} edits{_left_out(item.expired)}  {item.fingerprint[:12]}" for item in self.sets
         ]
         head = ("set", "part", "site", "form", "count", "bytes", "kernel", "fired")
         return "\n".join([*lines, columns(head, [dataclasses.astuple(part) for part in self.parts])])

@@ -11,7 +11,7 @@ from xpatch.patches.jsonl import shorten
 from xpatch.patches.types import PatchSet
 from xpatch.runtime.columns import columns
 from xpatch.watch.contradictions import Contradiction, contradictions
-from xpatch.watch.observe import Report, Watched, loaded, name_of, served_by
+from xpatch.watch.observe import Report, Watched, as_applied, served_by
 from xpatch.watch.oppositions import NOTABLE, Opposition, oppositions
 from xpatch.watch.texts import Texts, as_texts, texts_of
 from xpatch.watch.units import listed
@@ -81,7 +81,8 @@ def check(
 
     Two kinds are looked for. Two edits of one claim with different targets (see `contradictions`). Two edits that fire on one text
     and pull its answer apart (see `oppositions`; `notable` is the least pull that counts, in log-odds). A set that
-    `apply(model, patches, name)` would replace is left out, and conflicts among the sets served already are not reported.
+    `apply(model, patches, name)` would replace is left out, as are expired edits; conflicts among the sets served already are not
+    reported.
 
     texts: asked for the second kind (see `as_texts`); by default every text of the requests of both sides: edited texts, rephrases
     and texts that must not change. limit: on one text at most so many firing edits are switched off in turn, those of `patches`
@@ -90,8 +91,7 @@ def check(
 
     Raises `FormatError` (texts), `MismatchError` (a set made for another base).
     """
-    checked = loaded(patches, model, tokenizer, allow)
-    slot = name_of(checked, name)
+    slot, checked = as_applied(patches, name, model, tokenizer, allow)
     others = {key: applied.patches for key, applied in served_by(model).items() if key != slot}
     sets = {slot: checked, **others}
     records = [(key, record) for key, value in sets.items() for record in value.edits]

@@ -15,7 +15,7 @@ from xpatch.patches.types import PatchSet
 from xpatch.runtime.columns import columns
 from xpatch.runtime.firings import UNKNOWN
 from xpatch.watch.answers import Answer
-from xpatch.watch.observe import Question, Report, Watched, loaded, name_of
+from xpatch.watch.observe import Question, Report, Watched, as_applied
 from xpatch.watch.texts import Text, Texts, as_texts
 
 SHOWN = 60
@@ -130,9 +130,8 @@ def diff(
     Raises `FormatError` (texts, folders), `MismatchError` (a set made for another base).
     """
     asked = as_texts(texts)
-    first = loaded(a, model, tokenizer, allow)
-    second = None if b is None else loaded(b, model, tokenizer, allow)
-    slot = name_of(first, name)
+    slot, first = as_applied(a, name, model, tokenizer, allow)
+    second = None if b is None else as_applied(b, name, model, tokenizer, allow)[1]
     sides: list[dict[str, PatchSet]] = [{}, {slot: first}] if second is None else [{slot: first}, {slot: second}]
     answers = [
         _answers(Watched(model, tokenizer, more), asked, batch_size, stage, progress)

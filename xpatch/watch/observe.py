@@ -14,6 +14,7 @@ from xpatch import api
 from xpatch.errors import FormatError
 from xpatch.evaluation.predict import batches
 from xpatch.models.wrappers import unwrapped
+from xpatch.patches.expiry import without_expired
 from xpatch.patches.identity import check_fit
 from xpatch.patches.types import LowRankDelta, PatchNeurons, PatchSet
 from xpatch.runtime.attach import Runtime, runtime_of
@@ -68,19 +69,20 @@ def served_by(model: Any) -> dict[str, AppliedSet]:
     return {} if runtime is None else dict(runtime.snapshot.sets)
 
 
-def loaded(patches: PatchSet | str | Path, model: Any, tokenizer: Any, allow: Iterable[str] = ()) -> PatchSet:
-    """The set, or the folder's, checked against the model it is meant for. Raises `FormatError`, `MismatchError`."""
+def as_applied(
+    patches: PatchSet | str | Path, name: str | None, model: Any, tokenizer: Any, allow: Iterable[str] = ()
+) -> tuple[str, PatchSet]:
+    """What `apply(model, patches, name)` would put on: its name, and the set (or the folder's) without expired edits, checked.
+
+    Raises `FormatError` for what is no set, `MismatchError` for one made for another base.
+    """
     found = api.load(patches) if isinstance(patches, (str, Path)) else patches
     if not isinstance(found, PatchSet):
         raise FormatError(f"expected a PatchSet or the path of a patch folder, found {type(found).__name__}")
     if found.base is not None:
-        check_fit(found, unwrapped(model), tokenizer=tokenizer, allow=tuple(allow))
-    return found
-
-
-def name_of(patches: PatchSet, name: str | None) -> str:
-    """What `apply` would call the set."""
-    return name or patches.name or patches.fingerprint[:12]
+        served = [applied.patches for applied in served_by(model).values()]
+        check_fit(found, unwrapped(model), tokenizer=tokenizer, allow=tuple(allow), served=served)
+    return name or found.name or found.fingerprint[:12], without_expired(found)[0]
 
 
 class Watched:
