@@ -26,7 +26,7 @@ ALLOWED = {
     "evaluation": {"patches", "models", "runtime", "ops", "data", "api", "xpatch"},
     "zoo": {"data", "patches", "evaluation"},
     "api": BELOW_API,
-    "store": {"patches", "evaluation", "api"},
+    "store": {"patches", "evaluation", "api", "watch"},
     "watch": {"models", "patches", "ops", "runtime", "evaluation", "api"},
     "xpatch": {*BELOW_API, "api"},
     "upgrade": {*BELOW_API, "api"},

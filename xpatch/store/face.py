@@ -157,8 +157,7 @@ class PatchStore:
         With `model` and `tokenizer` (a sequence classifier) the set is checked to fit, and asked first:
         must_not_change: texts whose prediction with this set must be the base model's: a JSONL file (or a list) of
         {"text", "text_pair"?, "language"?}. must_hold: texts that must give their target with this set: the same with
-        "target", or edit requests, whose every version and rephrase is asked. The model is left as it was, also if other sets are
-        applied to it; while the check runs, its calls on other threads see this set too.
+        "target", or edit requests, whose every version and rephrase is asked. The model itself is never touched.
         progress: called as `progress("checking", done, total)`.
 
         Raises `ConflictError` where the pointer was moved meanwhile or a prediction is not as it must be, `MismatchError` where

@@ -1,11 +1,11 @@
 """The acceptance gate: what a set does to texts that must not change and to texts that must give their target.
 
-A sequence classifier is asked twice, as its base and with the set alone; whatever else is applied to it takes no part.
+A sequence classifier is asked twice, as its base and with the set alone: a private twin of it, so that the model itself, and whatever
+is applied to it, takes no part.
 """
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ def check(
     refused: str,
     report: Report | None = None,
 ) -> dict[str, int]:
-    """Ask; returns how many texts of each kind were found right. The model is left as it was.
+    """Ask; returns how many texts of each kind were found right. The model is not touched.
 
     refused: how the message of a refusal begins. Raises `ConflictError` listing what moved or did not hold, `FormatError` for
     texts that cannot be read, `MismatchError` for a set that does not fit the model, an unknown label, or a model or tokenizer
@@ -111,25 +111,23 @@ def _answers(
     """
     from xpatch import api
     from xpatch.evaluation.predict import predict_indices
+    from xpatch.watch.twin import twin_of
 
     before, after = [0] * len(questions), [0] * len(questions)
     done = 0
-    name = f"xpatch-gate-{uuid.uuid4().hex}"
-    api.apply(model, patches, name=name, tokenizer=tokenizer)
-    try:
-        for language, rows in _chunks(questions):
-            probes = [questions[row].probe for row in rows]
-            with api.disabled(model):
-                base = predict_indices(model, tokenizer, probes, batch_size=BATCH).tolist()
-            with api.rows(languages=language, patches=name):
-                patched = predict_indices(model, tokenizer, probes, batch_size=BATCH).tolist()
-            for row, was, now in zip(rows, base, patched, strict=True):
-                before[row], after[row] = was, now
-            done += len(rows)
-            if report is not None:
-                report("checking", done, len(questions))
-    finally:
-        api.remove(model, name)
+    twin = twin_of(model)  # whoever calls the model meanwhile never sees the set
+    api.apply(twin, patches, name="candidate", tokenizer=tokenizer)
+    for language, rows in _chunks(questions):
+        probes = [questions[row].probe for row in rows]
+        with api.disabled(twin):
+            base = predict_indices(twin, tokenizer, probes, batch_size=BATCH).tolist()
+        with api.rows(languages=language):
+            patched = predict_indices(twin, tokenizer, probes, batch_size=BATCH).tolist()
+        for row, was, now in zip(rows, base, patched, strict=True):
+            before[row], after[row] = was, now
+        done += len(rows)
+        if report is not None:
+            report("checking", done, len(questions))
     return before, after
 
 
