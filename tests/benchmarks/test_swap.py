@@ -87,7 +87,16 @@ def test_latency_swaps_two_sets_on_one_live_model():
     """The sets are checked against the base, differ, and the model goes on answering while they change."""
     found = swap_latency.run(7, **{**QUICK, "threads": 1})
     assert found["patches"] == 7 and found["repeats"] == {"swap": 15, "reload": 15}
-    for field in ("swap_ms", "swap_hot_ms", "load_and_swap_ms", "reload_ms", "reload_answer_ms", "answer_ms", "from_pretrained_ms", "first_apply_ms"):
+    for field in (
+        "swap_ms",
+        "swap_hot_ms",
+        "load_and_swap_ms",
+        "reload_ms",
+        "reload_answer_ms",
+        "answer_ms",
+        "from_pretrained_ms",
+        "first_apply_ms",
+    ):
         assert found[field] > 0, field
         assert field == "first_apply_ms" or found["idle"][field] > 0
     assert "restart_ms" not in found

@@ -101,6 +101,25 @@ def ask(model: Any, ids: torch.Tensor, **more: Any) -> torch.Tensor:
     return model(input_ids=ids, **more).logits
 
 
+def take_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameter -> gradient, which is taken off; under the names of the plain model (the side path's layers hold theirs as `.inner`)."""
+    found = {
+        name.replace(".inner.", "."): parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    model.zero_grad()
+    return found
+
+
+def assert_close(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Named tensors in float64, equal up to the order of sums."""
+    assert found and found.keys() == expected.keys()
+    for name in expected:
+        message = lambda text, name=name: f"{name}: {text}"  # noqa: E731
+        torch.testing.assert_close(found[name], expected[name], atol=1e-9, rtol=1e-6, msg=message)
+
+
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous().view(torch.uint8)
 
@@ -142,3 +161,13 @@ def logits() -> Callable[..., torch.Tensor]:
 @pytest.fixture
 def no_trace() -> Callable[..., None]:
     return assert_no_trace
+
+
+@pytest.fixture
+def gradients() -> Callable[..., dict[str, torch.Tensor]]:
+    return take_gradients
+
+
+@pytest.fixture
+def close() -> Callable[..., None]:
+    return assert_close

@@ -11,11 +11,12 @@ import torch
 import xpatch
 from xpatch.patches.identity import identify
 from xpatch.runtime.attach import runtime_of
+from xpatch.runtime.hooks import Hook
 
 peft = pytest.importorskip("peft")
 
 TASKS = {"bert": "SEQ_CLS", "gpt2-lm": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
-close = {"atol": 1e-5, "rtol": 1e-4}
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def test_either_order_gives_one_model(tiny, token_ids, sets_for, patched, side_p
     torch.manual_seed(3)
     second = patched(peft.get_peft_model(copy.deepcopy(base), lora(family)).eval(), sets)  # wrapped, then patched
     both = logits(first, token_ids)
-    torch.testing.assert_close(logits(second, token_ids), both, **close)
+    torch.testing.assert_close(logits(second, token_ids), both, **CLOSE)
     with xpatch.disabled(first):
         adapted = logits(first, token_ids)
     assert (both - adapted).abs().max() > 1e-2 and (adapted - logits(base, token_ids)).abs().max() > 1e-2
@@ -150,7 +151,7 @@ def test_two_adapters_and_those_of_transformers_itself(tiny, token_ids, sets_for
             model.eval()
             answers.append(logits(model, token_ids))
         model.disable_adapters()
-        torch.testing.assert_close(logits(model, token_ids), logits(alone, token_ids), **close)
+        torch.testing.assert_close(logits(model, token_ids), logits(alone, token_ids), **CLOSE)
     assert not torch.equal(*answers)
     xpatch.remove(model)
     with torch.no_grad():
@@ -185,13 +186,13 @@ def test_patches_stay_when_adapters_come_and_go(tiny, token_ids, sets_for, patch
     before = logits(patched(model, sets), token_ids)
     wrapped = peft.get_peft_model(model, lora("bert")).eval()
     with wrapped.disable_adapter():
-        torch.testing.assert_close(logits(wrapped, token_ids), before, **close)
+        torch.testing.assert_close(logits(wrapped, token_ids), before, **CLOSE)
     xpatch.remove(wrapped)
     patched(wrapped, sets)
     with wrapped.disable_adapter():
-        torch.testing.assert_close(logits(wrapped, token_ids), before, **close)
+        torch.testing.assert_close(logits(wrapped, token_ids), before, **CLOSE)
     model = wrapped.unload()
-    torch.testing.assert_close(logits(model, token_ids), before, **close)
+    torch.testing.assert_close(logits(model, token_ids), before, **CLOSE)
     no_trace(model, base, token_ids)
 
 
@@ -214,7 +215,7 @@ def test_adapters_that_do_not_call_their_base_layer(tiny, token_ids, sets_for, p
     assert (found - adapted).abs().max() > 1e-2
     assert torch.equal(logits(xpatch.remove(model), token_ids), adapted)
     patched(model, sets)
-    torch.testing.assert_close(logits(model, token_ids), found, **close)
+    torch.testing.assert_close(logits(model, token_ids), found, **CLOSE)
 
 
 def test_an_adapter_is_saved_without_patches_and_trained_beside_them(tiny, token_ids, tmp_path, sets_for, patched):
@@ -273,7 +274,10 @@ def test_a_patched_head_that_peft_trains_a_copy_of(tiny, token_ids, logits, patc
     with xpatch.disabled(wrapped):
         trained = logits(wrapped, token_ids)
     hidden = wrapped.base_model.model.bert(token_ids).pooler_output
-    torch.testing.assert_close(found, trained + hidden @ delta.down.T @ delta.up.T, **close)  # once, not twice
+    torch.testing.assert_close(found, trained + hidden @ delta.down.T @ delta.up.T, **CLOSE)  # once, not twice
     assert torch.equal(logits(xpatch.remove(wrapped), token_ids), trained)
     assert torch.equal(wrapped.base_model.model.classifier.original_module.weight, base.classifier.weight)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in wrapped.modules())
+    hooks = [
+        hook for module in wrapped.modules() for hook in (module._forward_hooks | module._forward_pre_hooks).values()
+    ]
+    assert not any(isinstance(hook, Hook) for hook in hooks)

@@ -21,7 +21,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(MODES)), ids="-".join)
+@pytest.mark.parametrize("order", list(itertools.permutations(MODES, 2)), ids="-".join)
 def test_modes_in_any_order(tiny, token_ids, sets_for, patched, logits, no_trace, order):
     """What is cast and kept in one mode serves in the others; training comes after each of them."""
     model = tiny("bert")
@@ -95,9 +95,7 @@ def test_other_weights_for_one_call(tiny, token_ids, sets_for, patched, side_pat
 
 def test_gradients_by_torch_func(tiny, token_ids, sets_for, patched, side_path):
     model = tiny("bert").double()
-    sets = {
-        "deltas": sets_for(model)["deltas"]
-    }  # torch.func does not see through an operator such as that of the neurons
+    sets = sets_for(model)
     twin = side_path(model, sets)
     patched(model, sets)
 
