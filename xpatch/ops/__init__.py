@@ -5,13 +5,14 @@ and ``mask`` are plain torch and live in :mod:`xpatch.ops.reference`.
 """
 
 from xpatch.ops.reference import ACTIVATIONS, activate, canonical_activation, dense, lowrank, mask
-from xpatch.ops.registry import patch_ffn, patch_ffn_fired
+from xpatch.ops.registry import in_torch_func, patch_ffn, patch_ffn_fired
 
 __all__ = [
     "ACTIVATIONS",
     "activate",
     "canonical_activation",
     "dense",
+    "in_torch_func",
     "lowrank",
     "mask",
     "patch_ffn",

@@ -45,7 +45,7 @@ def patch_ffn(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation:
         MismatchError: shapes, dtypes or devices do not fit together, or the activation is unknown.
         BackendError: the native build was asked for (``XPATCH_BACKEND=native``) and is missing or failed.
     """
-    if _in_torch_func():
+    if in_torch_func():
         return reference.patch_ffn(x, keys, bias, values, _check(x, keys, bias, values, activation))
     return torch.ops.xpatch.patch_ffn(x, keys, bias, values, activation)
 
@@ -58,13 +58,13 @@ def patch_ffn_fired(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activ
     Returns:
         ``[..., V]``, bit for bit what :func:`patch_ffn` returns, and ``[..., N]`` bool, contiguous, without a gradient.
     """
-    if _in_torch_func():
+    if in_torch_func():
         return reference.patch_ffn_fired(x, keys, bias, values, _check(x, keys, bias, values, activation))
     return torch.ops.xpatch.patch_ffn_fired(x, keys, bias, values, activation)
 
 
 #: Whether `torch.func.grad` and its like are at work: they see through formulas, not through operators.
-_in_torch_func = torch._C._are_functorch_transforms_active
+in_torch_func = torch._C._are_functorch_transforms_active
 
 
 def _check(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> str:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from xpatch.ops import dense, lowrank, mask, patch_ffn, patch_ffn_fired
+from xpatch.ops import dense, in_torch_func, lowrank, mask, patch_ffn, patch_ffn_fired
 from xpatch.patches.types import Gate, LowRankDelta, PatchNeurons
 from xpatch.runtime.firings import Firings
 from xpatch.runtime.routing import Route, spread
@@ -22,8 +22,8 @@ def add_patches(
     `firings`, where given, hears which neurons fired; the result is the same. Differentiable.
     """
     dtype = compute_dtype(y.dtype)
-    if firings is not None and not firings.counts_on(y.device):
-        firings = None
+    if firings is not None and (not firings.counts_on(y.device) or in_torch_func() or torch.compiler.is_compiling()):
+        firings = None  # there are no values to count within a trace or a transform
     with _no_autocast(y.device):
         x = x.to(device=y.device, dtype=dtype)
         total: torch.Tensor | None = None
