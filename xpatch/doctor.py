@@ -15,7 +15,7 @@ State = Literal["ok", "optional", "problem"]
 REQUIRED = ("torch", "numpy", "safetensors", "pydantic", "transformers", "tokenizers", "typer", "rich")
 EXTRAS = {
     "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "plotly": "report",
-    "fsspec": "remote", "huggingface_hub": "remote", "py3langid": "lid",
+    "fsspec": "remote", "huggingface_hub": "remote", "py3langid": "lid", "cryptography": "sign",
 }  # fmt: skip
 FLOORS = {"torch": (2, 6), "transformers": (4, 50), "onnxruntime": (1, 20)}
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
