@@ -122,9 +122,12 @@ def swap_table(result: Mapping[str, Any]) -> str:
         for what, field in times.items()
         if result.get(field) is not None
     ]
+    idle = result["idle"]
     soak, crash, fuzz = (result.get(name) for name in ("soak", "crash", "fuzz"))
     notes = [
-        f"BERT-base shape, while {result['inference_threads']} threads infer (the new process: nothing else runs)."
+        f"BERT-base shape, while {result['inference_threads']} threads infer (the new process: nothing else runs).",
+        f"Without that load a swap takes {idle['swap_ms']:.3g} ms and the reload until the first answer {idle['reload_ms']:.3g} ms, "
+        f"{idle['ratio']:,.0f} swaps: the weights are mapped from a warm page cache.",
     ]
     if soak:
         grown = "" if soak["rss_growth"] is None else f", memory {soak['rss_growth']:+.1f} %"
