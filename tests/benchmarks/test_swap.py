@@ -94,7 +94,6 @@ def test_latency_swaps_two_sets_on_one_live_model():
         "reload_ms",
         "reload_answer_ms",
         "answer_ms",
-        "from_pretrained_ms",
         "first_apply_ms",
     ):
         assert found[field] > 0, field
