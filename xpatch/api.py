@@ -144,8 +144,13 @@ def prepare(
             names = [found[-1].name]
         elif isinstance(sites, str):
             names = [site.name for site in found] if sites == "all" else [sites]
-        else:
+        elif isinstance(sites, Iterable):
             names = list(sites)
+        else:
+            raise MismatchError(
+                f"prepare(sites=...): expected names of FFNs or linear layers, or 'all'; found {sites!r}; "
+                "`xpatch inspect --model DIR --linears` lists them"
+            )
         points = {name: point_at(target, name, found) for name in names}
         room = None
         if capacity is not None:

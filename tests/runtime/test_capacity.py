@@ -142,6 +142,15 @@ def test_what_a_capture_cannot_hold_is_refused(tiny, token_ids, patch_of):
         model(token_ids)
     with pytest.raises(MismatchError, match="at least 1 neuron, found 0"):
         xpatch.prepare(model, capacity=0)
+    with pytest.raises(MismatchError, match="at least one FFN among the sites, found none"):
+        xpatch.prepare(model, "bert.encoder.layer.1.output.dense", capacity=4)
+    for wrong in ("4", True, 2.0):
+        with pytest.raises(MismatchError, match="give a whole number"):
+            xpatch.prepare(model, capacity=wrong)
+    with pytest.raises(MismatchError, match="names of FFNs or linear layers, or 'all'; found 5"):
+        xpatch.prepare(model, 5)
+    with pytest.raises(MismatchError, match="no linear layer named 'bert.nowhere'"):
+        xpatch.prepare(model, ["bert.nowhere"])
     with pytest.raises(ConflictError, match="5 patch neurons at .* room for 4"):
         xpatch.prepare(model, capacity=4)
     assert runtime_of(model).capacity is None

@@ -205,6 +205,24 @@ def test_gradients_of_a_compiled_patched_model(tiny, token_ids, patch_of):
         torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-3, msg=name)
 
 
+def test_gradients_of_a_compiled_model_with_checkpointing(tiny, token_ids, patch_of):
+    model = tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    xpatch.apply(model, both_layers(model, patch_of), name="a")
+    rows = xpatch.Rows(patches=["a", "__base__", "a"])
+
+    def gradients(run, chosen):
+        model.zero_grad()
+        run(token_ids, xpatch=chosen).logits.square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, everywhere = gradients(model, rows), gradients(model, xpatch.Rows(patches="a"))
+    assert any(not torch.allclose(expected[name], everywhere[name]) for name in expected)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = gradients(torch.compile(model, backend="aot_eager"), rows)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
 @torch.no_grad()
 def test_generate_with_a_compiled_forward(tiny, token_ids, patch_of):
     model = xpatch.prepare(tiny("gpt2-lm"))

@@ -1,6 +1,6 @@
 """One model's patches at work: what is published, what each running call has pinned, and the hooks that are up.
 
-Readers (model calls) take no lock. Writers (apply, remove) prepare a snapshot, put up the hooks it needs, publish it by one
+Readers (model calls) take no lock; only one that finds another module where a patched layer was waits, to put the hooks there. Writers (apply, remove) prepare a snapshot, put up the hooks it needs, publish it by one
 reference assignment, and take hooks down again once no running call can still need them.
 """
 

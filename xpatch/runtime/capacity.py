@@ -49,14 +49,21 @@ class Capacity:
     """Room for `neurons` patch neurons of one activation at each site (point.site -> buffers on the site's device).
 
     Per site keys `[2, C, D]`, bias `[2, C]`, values `[2, C, D]` in the dtype patches are computed in. Raises `ConflictError`
-    for sites on several devices, `MismatchError` for a size below 1.
+    for sites on several devices, `MismatchError` for a size below 1 or no site.
     """
 
     def __init__(
         self, model: nn.Module, points: Mapping[str, Point], widths: Mapping[str, int], neurons: int, activation: str
     ) -> None:
-        if neurons < 1:
-            raise MismatchError(f"prepare(capacity=...): expected at least 1 neuron, found {neurons}")
+        if isinstance(neurons, bool) or not isinstance(neurons, int) or neurons < 1:
+            raise MismatchError(
+                f"prepare(capacity=...): expected at least 1 neuron, found {neurons!r}; give a whole number"
+            )
+        if not points:
+            raise MismatchError(
+                "prepare(capacity=...): expected at least one FFN among the sites, found none; the buffers for captured graphs hold patch "
+                "neurons, which stand beside FFNs: name one, or leave the capacity out"
+            )
         self.neurons = neurons
         self.activation = canonical_activation(activation)
         self.buffers: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -76,7 +83,7 @@ class Capacity:
                 raise ConflictError(
                     f"prepare(capacity=...): one captured graph runs on one device; found sites on {', '.join(map(str, devices))}"
                 )
-            self.published = torch.zeros(1, dtype=torch.int64, device=devices.pop() if devices else "cpu")
+            self.published = torch.zeros(1, dtype=torch.int64, device=devices.pop())
         self._half = 0
 
     @staticmethod
