@@ -1,57 +1,11 @@
-// xpatch._native: the only file that knows Python. It takes addresses, sizes and codes, checks the codes, releases the
-// GIL, and calls the core. Keep xpatch/_native.pyi in step.
-#include <pybind11/pybind11.h>
-
-#include <cstdint>
+// xpatch._native: facts about the build, and the ops that the other files bind.
 #include <string>
 
+#include "bindings/bind.h"
 #include "core/check.h"
 #include "core/isa.h"
-#include "ops/patch_ffn.h"
-
-namespace py = pybind11;
 
 namespace {
-
-xpatch::PatchFfn patch_ffn_from(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out,
-                                uintptr_t fired, int64_t M, int64_t D, int64_t N, int64_t V, int64_t x_stride,
-                                int64_t keys_stride, int64_t values_stride, int dtype, int activation) {
-  XPATCH_CHECK(xpatch::is_dtype(dtype), "patch_ffn: unknown dtype code " << dtype);
-  XPATCH_CHECK(xpatch::is_activation(activation), "patch_ffn: unknown activation code " << activation);
-  xpatch::PatchFfn op;
-  op.x = reinterpret_cast<const void*>(x);
-  op.keys = reinterpret_cast<const void*>(keys);
-  op.bias = reinterpret_cast<const void*>(bias);
-  op.values = reinterpret_cast<const void*>(values);
-  op.out = reinterpret_cast<void*>(out);
-  op.fired = reinterpret_cast<uint8_t*>(fired);
-  op.M = M;
-  op.D = D;
-  op.N = N;
-  op.V = V;
-  op.x_stride = x_stride;
-  op.keys_stride = keys_stride;
-  op.values_stride = values_stride;
-  op.dtype = static_cast<xpatch::DType>(dtype);
-  op.activation = static_cast<xpatch::Activation>(activation);
-  return op;
-}
-
-void patch_ffn_cpu(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out, uintptr_t fired,
-                   int64_t M, int64_t D, int64_t N, int64_t V, int64_t x_stride, int64_t keys_stride,
-                   int64_t values_stride, int dtype, int activation, int threads) {
-  xpatch::patch_ffn(patch_ffn_from(x, keys, bias, values, out, fired, M, D, N, V, x_stride, keys_stride, values_stride,
-                                   dtype, activation),
-                    threads);
-}
-
-void patch_ffn_cuda(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out, uintptr_t fired,
-                    int64_t M, int64_t D, int64_t N, int64_t V, int64_t x_stride, int64_t keys_stride,
-                    int64_t values_stride, int dtype, int activation, uintptr_t stream) {
-  xpatch::patch_ffn_cuda(patch_ffn_from(x, keys, bias, values, out, fired, M, D, N, V, x_stride, keys_stride,
-                                        values_stride, dtype, activation),
-                         reinterpret_cast<void*>(stream));
-}
 
 std::string compiler() {
 #if defined(__clang__)
@@ -90,6 +44,5 @@ PYBIND11_MODULE(_native, m) {
   m.attr("__version__") = XPATCH_VERSION;
   py::register_exception<xpatch::Error>(m, "NativeError", PyExc_ValueError);
   m.def("info", &info);
-  m.def("patch_ffn_cpu", &patch_ffn_cpu, py::call_guard<py::gil_scoped_release>());
-  m.def("patch_ffn_cuda", &patch_ffn_cuda, py::call_guard<py::gil_scoped_release>());
+  bind_patch_ffn(m);
 }

@@ -5,7 +5,8 @@ and ``mask`` are plain torch and live in :mod:`xpatch.ops.reference`.
 """
 
 from xpatch.ops.reference import ACTIVATIONS, activate, canonical_activation, dense, lowrank, mask
-from xpatch.ops.registry import in_torch_func, patch_ffn, patch_ffn_fired
+from xpatch.ops.registry.library import in_torch_func
+from xpatch.ops.registry.patch_ffn import patch_ffn, patch_ffn_fired
 
 __all__ = [
     "ACTIVATIONS",

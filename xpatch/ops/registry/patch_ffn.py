@@ -11,17 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpatch.errors import BackendError, MismatchError
 from xpatch.ops import native, reference
+from xpatch.ops.registry.library import call_native, define, dense_rows, implement, in_torch_func, library, refuse
 
 _CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
-_library = torch.library.Library("xpatch", "FRAGMENT")
 for _name, _result in (("patch_ffn", "Tensor"), ("patch_ffn_fired", "(Tensor, Tensor)")):
-    _library.define(
-        f"{_name}(Tensor x, Tensor keys, Tensor bias, Tensor values, str activation) -> {_result}",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
+    define(f"{_name}(Tensor x, Tensor keys, Tensor bias, Tensor values, str activation) -> {_result}")
 
 
 def patch_ffn(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> Tensor:
@@ -63,47 +59,34 @@ def patch_ffn_fired(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activ
     return torch.ops.xpatch.patch_ffn_fired(x, keys, bias, values, activation)
 
 
-#: Whether `torch.func.grad` and its like are at work: they see through formulas, not through operators.
-in_torch_func = torch._C._are_functorch_transforms_active
-
-
 def _check(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> str:
     """The canonical activation, after checking that everything fits."""
 
-    def refuse(expected: str) -> MismatchError:
-        found = ", ".join(
-            f"{name} {tuple(t.shape)} {t.dtype} {t.device}"
-            for name, t in (("x", x), ("keys", keys), ("bias", bias), ("values", values))
-        )
-        return MismatchError(f"patch_ffn: expected {expected}; found {found}")
+    def misfit(expected: str) -> Exception:
+        return refuse("patch_ffn", expected, x=x, keys=keys, bias=bias, values=values)
 
     if x.ndim < 1 or keys.ndim != 2 or bias.ndim != 1 or values.ndim != 2:
-        raise refuse("x [..., D], keys [N, D], bias [N], values [N, V]")
+        raise misfit("x [..., D], keys [N, D], bias [N], values [N, V]")
     if keys.shape[1] != x.shape[-1]:
-        raise refuse("the width of x and keys to be equal (D)")
+        raise misfit("the width of x and keys to be equal (D)")
     if bias.shape[0] != keys.shape[0] or values.shape[0] != keys.shape[0]:
-        raise refuse("keys, bias and values to hold the same number of neurons (N)")
+        raise misfit("keys, bias and values to hold the same number of neurons (N)")
     if not x.dtype.is_floating_point or not (x.dtype == keys.dtype == bias.dtype == values.dtype):
-        raise refuse("one floating dtype for all")
+        raise misfit("one floating dtype for all")
     if not (x.device == keys.device == bias.device == values.device):
-        raise refuse("one device for all")
+        raise misfit("one device for all")
     return reference.canonical_activation(activation)
-
-
-def _rows(matrix: Tensor) -> Tensor:
-    """``matrix [M, D]`` itself when its rows are dense and do not overlap, otherwise a contiguous copy."""
-    if matrix.stride(1) != 1 or (matrix.shape[0] > 1 and matrix.stride(0) < matrix.shape[1]):
-        return matrix.contiguous()
-    return matrix
 
 
 def _run_native(
     x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str, fired: Tensor | None = None
 ) -> Tensor:
-    module = native.load()
-    rows, keys, values, bias = _rows(x.reshape(-1, x.shape[-1])), _rows(keys), _rows(values), bias.contiguous()
+    rows, keys, values = dense_rows(x.reshape(-1, x.shape[-1])), dense_rows(keys), dense_rows(values)
+    bias = bias.contiguous()
     out = x.new_empty((*x.shape[:-1], values.shape[1]))
-    arguments = (
+    call_native(
+        "patch_ffn",
+        x.device,
         *(t.data_ptr() for t in (rows, keys, bias, values, out)),
         0 if fired is None else fired.data_ptr(),
         *(rows.shape[0], rows.shape[1], keys.shape[0], values.shape[1]),
@@ -111,14 +94,6 @@ def _run_native(
         native.DTYPE_CODES[x.dtype],
         _CODES[activation],
     )
-    try:
-        if x.device.type == "cpu":
-            module.patch_ffn_cpu(*arguments, torch.get_num_threads())
-        else:
-            with torch.cuda.device(x.device):
-                module.patch_ffn_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
-    except module.NativeError as error:
-        raise BackendError(f"the native kernel failed: {error}") from error
     return out
 
 
@@ -161,8 +136,5 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
 
 
 for _name, _kernel, _shapes in (("patch_ffn", _run, _fake), ("patch_ffn_fired", _run_fired, _fake_fired)):
-    # CPU and CUDA by name (they may be native); every other device runs the reference through the default kernel.
-    for _key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
-        _library.impl(_name, _kernel, _key)
-    torch.library.register_fake(f"xpatch::{_name}", _shapes, lib=_library)
-    torch.library.register_autograd(f"xpatch::{_name}", _backward, setup_context=_save, lib=_library)
+    implement(_name, _kernel, _shapes)
+    torch.library.register_autograd(f"xpatch::{_name}", _backward, setup_context=_save, lib=library)

@@ -1,0 +1,11 @@
+// What every file under bindings/ needs. These are the only files that know Python; each binds one op and keeps
+// xpatch/_native.pyi in step.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace py = pybind11;
+
+void bind_patch_ffn(py::module_& m);

@@ -1,0 +1,1 @@
+"""The operators registered with torch, one file each: schema, fake, kernels per device, autograd."""
