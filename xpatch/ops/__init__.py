@@ -7,6 +7,7 @@ and ``mask`` are plain torch and live in :mod:`xpatch.ops.reference`.
 from xpatch.ops.reference import ACTIVATIONS, activate, canonical_activation, dense, lowrank, mask
 from xpatch.ops.registry.library import in_torch_func
 from xpatch.ops.registry.patch_ffn import patch_ffn, patch_ffn_fired
+from xpatch.ops.screening import pack_keys, screening_stats
 
 __all__ = [
     "ACTIVATIONS",
@@ -16,6 +17,8 @@ __all__ = [
     "in_torch_func",
     "lowrank",
     "mask",
+    "pack_keys",
     "patch_ffn",
     "patch_ffn_fired",
+    "screening_stats",
 ]
