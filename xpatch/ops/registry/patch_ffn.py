@@ -160,7 +160,7 @@ def native_call(
     always: bool = False,
     want_fired: bool = False,
 ) -> tuple[Tensor, Any]:
-    """The native kernel on checked arguments: the output and, on the CPU, (too_many, pairs, survivors, fired as bytes).
+    """The native kernel on checked arguments: the output and, on the CPU, (too_many, pairs, survivors, fired as bytes, coarse).
 
     always: do not give up where many neurons survive.
     """
@@ -211,7 +211,7 @@ def _run_fired(
     activation = _check(x, keys, bias, values, activation, packed, mask_inner, mask_outer, language)
     if x.device.type == "cpu" and _runs_native(x, packed):
         masks = (mask_inner, mask_outer, language)
-        out, (too_many, _, _, fired) = native_call(x, keys, bias, values, activation, packed, masks, want_fired=True)
+        out, (too_many, _, _, fired, _) = native_call(x, keys, bias, values, activation, packed, masks, want_fired=True)
         if not too_many:
             pairs = (
                 torch.frombuffer(bytearray(fired), dtype=torch.int64) if fired else torch.empty(0, dtype=torch.int64)
