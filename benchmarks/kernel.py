@@ -9,7 +9,6 @@ Axes: M rows, D width, N neurons. Finished rows are kept beside the result file 
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -78,7 +77,7 @@ def run(
     cells = grid(n, m, patches, threads or (torch.get_num_threads(),), quick, stretch)
     folder = Path(work) if work else Path(out).with_suffix(".work") if out else None
     shelf = _Shelf(cases, width, max((cell.m for cell in cells), default=1), seed)
-    fixed = {"d": width, "seed": seed, "repeats": repeats, "build": _build(), "held_rows": shelf.rows}
+    fixed = {"d": width, "seed": seed, "repeats": repeats, "build": machine.native_build(), "held_rows": shelf.rows}
     rows: list[dict[str, Any]] = []
     facts: dict[str, dict[str, Any]] = {}
     with steps(progress, len(cells)) as bar:
@@ -253,12 +252,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     times = [f"{row[f'{side}_ms']:.3g} ±{row[f'{side}_iqr_ms']:.1g}" for side in ("dense", "kernel")]
     rest = [f"{row['speedup']:.1f}x", f"{row['floor_ratio']:.2f}x"]
     return [*times, *rest, share("survivors_share"), share("int8_peak_share"), f"{row['max_rel_err']:.1e}"]
-
-
-def _build() -> str | None:
-    """16 hex digits of the native build: another kernel is another measurement."""
-    path = native.load().__file__ if native.available() else None
-    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 @contextmanager

@@ -18,10 +18,8 @@ from torch import Tensor
 from xpatch import ops
 from xpatch.ops import native
 
-from .latency import measure
+from .latency import measured
 
-BUDGET_S = 1.5  # of timed calls a point, where 15 repeats of every side take less
-MOST_REPEATS = 201
 TIMED_ROWS, MOST_WINDOWS = 128, 16
 CHUNK = 16384  # neurons at a time in float64
 
@@ -78,9 +76,7 @@ def point(patches: Loaded, rows: int, repeats: int | None = None) -> dict[str, A
         "kernel": _over(windows, lambda x: kernel(x, patches)),
         **plain_reads(patches.keys.numel()),
     }
-    if repeats is None:
-        repeats = repeats_for(calls)
-    times = measure(calls, repeats, warmup=3 if repeats > 15 else 1)
+    times, repeats = measured(calls, repeats)
     x, y = patches.x[: count * rows], patches.y[: count * rows]
     return {
         **_times(times, patches.keys.numel()),
@@ -88,16 +84,6 @@ def point(patches: Loaded, rows: int, repeats: int | None = None) -> dict[str, A
         **_errors(x, y, patches),
         **_screening(x, patches, rows),
     }
-
-
-def repeats_for(calls: dict[str, Callable[[], Any]]) -> int:
-    """15 repeats, and more of short calls, as many as fit `BUDGET_S`."""
-    for call in calls.values():  # the first call may still allocate
-        call()
-    start = time.perf_counter()
-    for call in calls.values():
-        call()
-    return max(15, min(MOST_REPEATS, int(BUDGET_S / (time.perf_counter() - start))))
 
 
 def once_ms(call: Callable[[], Any]) -> float:

@@ -28,6 +28,20 @@ def measure(calls: Mapping[str, Callable[[], Any]], repeats: int = 15, warmup: i
     return {name: _summary(values) for name, values in times.items()}
 
 
+def measured(
+    calls: Mapping[str, Callable[[], Any]], repeats: int | None = None, budget_s: float = 1.5, most: int = 201
+) -> tuple[dict[str, dict[str, float]], int]:
+    """`measure` with as many repeats as fit into `budget_s`, 15 to `most`, where `repeats` does not say; and how many they were."""
+    for call in calls.values():
+        call()
+    start = time.perf_counter()
+    if repeats is None:
+        for call in calls.values():
+            call()
+        repeats = max(15, min(most, int(budget_s / (time.perf_counter() - start))))
+    return measure(calls, repeats, warmup=1 if repeats > 15 else 0), repeats
+
+
 def _summary(values: list[float]) -> dict[str, float]:
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"p50_ms": round(middle, 4), "iqr_ms": round(high - low, 4)}
