@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +44,8 @@ _LLAMA = {
     "vocab_size": 128_256, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
     "intermediate_size": 8192, "head_dim": 64, "max_position_embeddings": 131_072, "tie_word_embeddings": True,
 }  # fmt: skip
-_CLASSIFIER = {"decoder": False, "patches": 4598, "batches": (1, 8, 32), "tokens": (32, 128)}
-_DECODER = {"decoder": True, "patches": 1000, "batches": (1, 8), "tokens": (32, 128)}
+_CLASSIFIER: dict[str, Any] = {"decoder": False, "patches": 4598, "batches": (1, 8, 32), "tokens": (32, 128)}
+_DECODER: dict[str, Any] = {"decoder": True, "patches": 1000, "batches": (1, 8), "tokens": (32, 128)}
 
 #: name -> model class, configuration class, sizes, (site, reads, adds) with {} for the last layer, and how it is called.
 _SHAPES: dict[str, tuple[str, str, dict[str, Any], tuple[str, str, str], dict[str, Any]]] = {
@@ -81,6 +82,13 @@ def subject(name: str, **sizes: Any) -> Subject:
         return getattr(transformers, model_class)(getattr(transformers, config_class)(**config)).eval()
 
     return Subject(name, make, site, f"{site}.{reads}", f"{site}.{adds}", settings=config, **calls)
+
+
+def folder_subject(name: str, folder: Path, model: Any, site: tuple[str, str, str], decoder: bool) -> Subject:
+    """A loaded model as a subject; site: name, reads, adds of its final FFN. Kept rows are found again while its files are the same."""
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())}
+    calls = _DECODER if decoder else _CLASSIFIER
+    return Subject(name, lambda seed: model, *site, settings={"folder": str(folder), "files": files}, **calls)
 
 
 def random_ids(model: Any, batch: int, tokens: int, seed: int) -> Tensor:
