@@ -74,7 +74,7 @@ def run(
     with steps(progress, sum(len(found) for found in shapes.values())) as bar:
         for one in chosen:
             count = patches or one.patches
-            bench = _Bench(one, count, seed, cases)
+            bench = Bench(one, count, seed, cases)
             fixed = {
                 "model": one.name,
                 "weights": dict(one.settings or {}),
@@ -106,7 +106,7 @@ def run(
     return result
 
 
-class _Bench:
+class Bench:
     """One model with its patches, made when the first row needs them; the sides share its weights."""
 
     def __init__(self, one: Subject, patches: int, seed: int, cases: Callable[..., Any] | None) -> None:
@@ -155,9 +155,7 @@ class _Bench:
     def row(self, batch: int, tokens: int, repeats: int | None, budget_s: float) -> dict[str, Any]:
         """One row of the result: every side on the same inputs, in turn."""
         neurons, shares = self._neurons(tokens)
-        bind = self._bind(self._model, batch, tokens)
-        models, undo = self._sides(neurons)
-        calls = {name: bind(model) for name, model in models.items()}
+        calls, undo = self.calls(batch, tokens)
         logits = {name: call().float() for name, call in calls.items()}
         times, repeats = measured(calls, repeats, budget_s)
         undo()
@@ -190,15 +188,18 @@ class _Bench:
         call = classify(model, ids)
         return lambda side: functools.partial(call, side)
 
-    def _sides(self, neurons: xpatch.PatchNeurons) -> tuple[dict[str, Any], Callable[[], None]]:
-        """name -> model, all on the same weights, and what takes the hand-written patches off again."""
+    @torch.no_grad()
+    def calls(self, batch: int, tokens: int) -> tuple[dict[str, Callable[[], torch.Tensor]], Callable[[], None]]:
+        """side -> the call that is timed, on the same weights and inputs; and what takes the hand-written patches off again."""
+        neurons, bind = self._neurons(tokens)[0], self._bind(self._model, batch, tokens)
         patches = xpatch.PatchSet(parts={"neurons": neurons})
         found = {name: self._model if name == "unpatched" else _twin(self._model) for name in SIDES}
         for name in ("unpatched_optimized", "patched"):
             xpatch.optimize(found[name])
         for name in ("patched", "patched_full"):
             xpatch.apply(found[name], patches, name="fixes")
-        return found, beside(found["dense_patched"], self._subject, neurons)
+        undo = beside(found["dense_patched"], self._subject, neurons)
+        return {name: bind(model) for name, model in found.items()}, undo
 
     def _neurons(self, tokens: int) -> tuple[xpatch.PatchNeurons, dict[str, float]]:
         """The patches for inputs of T tokens, placed by rows like those that the head reads there."""
