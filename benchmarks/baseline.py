@@ -42,7 +42,9 @@ def patches(
         from . import trained  # type: ignore[attr-defined]
 
         cases = trained.cases
-    return kernel_point.load(cases(kind, neurons=neurons, rows=max(KERNEL_ROWS), width=width, seed=0), torch.float32)
+    return kernel_point.load(
+        cases(kind, neurons=neurons, rows=max(KERNEL_ROWS), width=width, seed=0, progress=False), torch.float32
+    )
 
 
 def kernel_calls(loaded: kernel_point.Loaded, rows: int) -> dict[str, Callable[[], Any]]:

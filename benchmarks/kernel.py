@@ -146,8 +146,8 @@ class _Shelf:
                 from . import trained  # type: ignore[attr-defined]
 
                 make = trained.cases
-            which = {"which": cell.rows} if cell.rows != "read" else {}
-            case = make(cell.patches, neurons=cell.n, rows=self.rows, width=self._width, seed=self._seed, **which)
+            about = {"width": self._width, "seed": self._seed, "positions": cell.rows}
+            case = make(cell.patches, neurons=cell.n, rows=self.rows, progress=False, **about)
             self._held = (key, case, kernel_point.load(case, DTYPES[cell.dtype]))
         return self._held[1], self._held[2]
 
@@ -158,7 +158,8 @@ class _Shelf:
         packing: dict[str, Any] = {"pack_ms": None, "packed_bytes": None}
         if loaded.packed is not None:
             packing = {**_pack_ms(loaded), "packed_bytes": loaded.packed.numel()}
-        return {**made, "activation": case.activation, **packing, "source": case.source, "histogram": case.histogram}
+        told = {"source": case.source, "info": dict(case.info), "histogram": dict(case.histogram)}
+        return {**made, "activation": case.activation, **packing, **told}
 
 
 def _pack_ms(loaded: kernel_point.Loaded) -> dict[str, Any]:

@@ -149,6 +149,7 @@ class Bench:
             "site": self._subject.site,
             "patches": self._patches,
             "source": self._case.source,
+            "info": dict(self._case.info),
         }
 
     @torch.no_grad()

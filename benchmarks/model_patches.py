@@ -24,12 +24,13 @@ def case_for(width: int, neurons: int, seed: int, cases: Callable[..., Any] | No
         from . import trained  # type: ignore[attr-defined]
 
         cases = trained.cases
+    wanted = {"neurons": neurons, "rows": CASE_ROWS, "seed": seed, "progress": False}
     try:
-        return cases("default", neurons=neurons, rows=CASE_ROWS, width=width, seed=seed)
+        return cases("default", width=width, **wanted)
     except xpatch.XpatchError:
         if width < CASE_WIDTH:
             raise
-        return cases("default", neurons=neurons, rows=CASE_ROWS, width=CASE_WIDTH, seed=seed)
+        return cases("default", width=CASE_WIDTH, **wanted)
 
 
 def place(case: Any, x: Tensor, y: Tensor, site: str, seed: int = 0) -> tuple[xpatch.PatchNeurons, dict[str, float]]:

@@ -193,7 +193,16 @@ def drawn_cases() -> Callable[..., Any]:
     """In the place of `xpatch.benchmarks.trained.cases`: patches that are drawn instead of trained, in no time."""
     from types import SimpleNamespace
 
-    def cases(kind: str, neurons: int, rows: int, width: int, seed: int, which: str = "read") -> Any:
+    def cases(
+        kind: str,
+        neurons: int,
+        rows: int,
+        width: int,
+        *,
+        seed: int,
+        positions: str = "read",
+        progress: bool | None = None,
+    ) -> Any:
         draw = torch.Generator().manual_seed(seed)
         x, y = (torch.randn(rows, width, generator=draw) for _ in range(2))
         keys = torch.randn(neurons, width, generator=draw) / width**0.5
@@ -201,15 +210,7 @@ def drawn_cases() -> Callable[..., Any]:
         values = torch.randn(neurons, width, generator=draw)
         activation = "gelu" if kind == "paper" else "relu"
         found = {"edges": [-9.0, 0.0, 9.0], "shares": [0.99, 0.01]}
-        return SimpleNamespace(
-            keys=keys,
-            bias=bias,
-            values=values,
-            x=x,
-            y=y,
-            activation=activation,
-            histogram=found,
-            source=f"drawn {which}",
-        )
+        told = {"histogram": found, "source": "drawn", "info": {"positions": positions}}
+        return SimpleNamespace(keys=keys, bias=bias, values=values, x=x, y=y, activation=activation, **told)
 
     return cases

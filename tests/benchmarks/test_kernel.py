@@ -49,7 +49,7 @@ def test_the_result_has_every_field(quick, tmp_path):
         assert row["speedup"] == pytest.approx(row["dense_ms"] / row["kernel_ms"], abs=1e-3)
         assert row["floor_ratio"] == pytest.approx(row["kernel_ms"] / row["floor_ms"], abs=1e-3)
         assert 0 < row["floor_gb_s"] and 0 <= row["max_rel_err"] < 1e-5 and row["repeats"] == 15
-    assert [case["source"] for case in result["cases"]] == ["drawn read"] * 2
+    assert [case["info"] for case in result["cases"]] == [{"positions": "read"}] * 2
     assert result["cases"][0]["histogram"]["shares"] == [0.99, 0.01]
     assert {"what", "found", "met", "where"} <= set(result["goals"][0])
 
@@ -86,18 +86,18 @@ def test_the_grids():
     assert len([key for key, before in zip(order[1:], order, strict=False) if key != before]) == len(set(order)) - 1
 
 
-def test_other_dtypes_and_threads(quick):
+def test_other_dtypes_and_threads(quick, drawn_cases):
     torch.set_num_threads(2)
     result = quick(m=(4,), patches=("default",), threads=(1, 2))
     assert [row["threads"] for row in result["rows"]] == [1, 2] and torch.get_num_threads() == 2
-    loaded = kernel_point.load(quick.__closure__[0].cell_contents("default", 20, 8, 16, 0), torch.bfloat16)
+    loaded = kernel_point.load(drawn_cases("default", 20, 8, 16, seed=0), torch.bfloat16)
     assert loaded.keys.dtype == loaded.x.dtype == torch.bfloat16
     assert kernel_point.point(loaded, 4, 15)["max_rel_err"] < 0.1
 
 
 def test_the_reference_is_float64_of_the_given_patches(drawn_cases, monkeypatch):
     monkeypatch.setattr(kernel_point, "CHUNK", 7)
-    case = drawn_cases("paper", 30, 12, 16, 3)
+    case = drawn_cases("paper", 30, 12, 16, seed=3)
     loaded = kernel_point.load(case, torch.float32)
     exact, fired = kernel_point.reference(loaded.x, loaded)
     scores = case.x.double() @ case.keys.double().t() + case.bias.double()
@@ -124,12 +124,12 @@ def test_every_side_sees_the_same_rows(drawn_cases, monkeypatch):
     monkeypatch.setattr(
         kernel_point, "kernel", lambda x, loaded: seen["kernel"].append(x.data_ptr()) or torch.zeros_like(x)
     )
-    kernel_point.point(kernel_point.load(drawn_cases("default", 20, 64, 16, 0), torch.float32), 8, 16)
+    kernel_point.point(kernel_point.load(drawn_cases("default", 20, 64, 16, seed=0), torch.float32), 8, 16)
     assert seen["dense"] == seen["kernel"] and len(set(seen["dense"])) == 8
 
 
 def test_statistics_and_peak_where_the_build_has_them(drawn_cases, monkeypatch):
-    loaded = kernel_point.load(drawn_cases("default", 20, 64, 16, 0), torch.float32)
+    loaded = kernel_point.load(drawn_cases("default", 20, 64, 16, seed=0), torch.float32)
     packed = torch.zeros(1, dtype=torch.uint8)
     counted = []
 

@@ -63,7 +63,7 @@ def test_the_result_has_every_field(run, tmp_path, name):
         # The patches act, and act alike however they are computed.
         assert max(row["max_logit_diff"], row["full_logit_diff"]) <= 1e-4 * max(row["largest_logit"], 1.0)
     assert max(row["moved"] for row in result["rows"]) > 1e-3
-    assert result["models"][0]["source"] == "drawn read" and result["models"][0]["dtype"] == "fp32"
+    assert result["models"][0]["source"] == "drawn" and result["models"][0]["dtype"] == "fp32"
 
 
 @pytest.mark.parametrize("name", model_shapes.NAMES)
@@ -84,7 +84,7 @@ def test_finished_rows_are_reused(run, tmp_path, monkeypatch):
 
 
 def test_placed_patches_fire_as_often_as_where_they_were_trained(drawn_cases):
-    case = drawn_cases("default", 200, 256, 32, 0)
+    case = drawn_cases("default", 200, 256, 32, seed=0)
     x, y = 5 + 3 * torch.randn(64, 32), 2 * torch.randn(64, 32)
     neurons, shares = model_patches.place(case, x, y, "site")
     assert 0 < shares["wanted_share"] and shares["fired_share"] == pytest.approx(
@@ -94,7 +94,7 @@ def test_placed_patches_fire_as_often_as_where_they_were_trained(drawn_cases):
 
 
 def test_patches_of_another_width_keep_their_geometry(drawn_cases):
-    case = drawn_cases("default", 20, 64, 16, 0)
+    case = drawn_cases("default", 20, 64, 16, seed=0)
     x = torch.randn(8, 48)
     neurons, _ = model_patches.place(case, x, torch.randn(8, 48), "site")
     assert neurons.keys.shape == neurons.values.shape == (20, 48)
