@@ -27,7 +27,7 @@ CHUNK = 16384  # neurons at a time in float64
 @dataclass(frozen=True)
 class Loaded:
     """Patches ready to be timed. x, y `[R, D]`: rows at the FFN's input and the FFN's own output; keys, values `[N, D]`; bias `[N]`;
-    packed: what `xpatch.ops.pack_keys` made of the keys, None where this build has none."""
+    packed: what `xpatch.ops.pack_keys` made of the keys, None where it cannot."""
 
     x: Tensor
     y: Tensor
@@ -41,13 +41,7 @@ class Loaded:
 def load(case: Any, dtype: torch.dtype) -> Loaded:
     """A case of `xpatch.benchmarks.trained` in `dtype`, its keys packed."""
     x, keys, bias, values = (tensor.to(dtype) for tensor in (case.x, case.keys, case.bias, case.values))
-    return Loaded(x, case.y, keys, bias, values, case.activation, pack(keys, bias))
-
-
-def pack(keys: Tensor, bias: Tensor) -> Tensor | None:
-    """The keys as the kernel screens them, None where this build does not pack."""
-    packer = getattr(ops, "pack_keys", None)
-    return None if packer is None else packer(keys, bias)
+    return Loaded(x, case.y, keys, bias, values, case.activation, ops.pack_keys(keys, bias, case.activation))
 
 
 def dense(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> Tensor:
@@ -57,8 +51,7 @@ def dense(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str
 
 def kernel(x: Tensor, patches: Loaded) -> Tensor:
     """The operator, with packed keys."""
-    packed = {} if patches.packed is None else {"packed": patches.packed}
-    return ops.patch_ffn(x, patches.keys, patches.bias, patches.values, patches.activation, **packed)
+    return ops.patch_ffn(x, patches.keys, patches.bias, patches.values, patches.activation, packed=patches.packed)
 
 
 @torch.no_grad()
@@ -104,9 +97,11 @@ def plain_reads(count: int) -> dict[str, Callable[[], Any]]:
 
 
 def int8_peak_share(multiply_adds: float, kernel_ms: float, threads: int) -> float | None:
-    """The kernel's int8 multiply-adds a second over the machine's measured int8 dot-product peak; None where this build measures none."""
-    measured = getattr(native.load(), "int8_peak", None) if native.available() else None
-    return None if measured is None else round(multiply_adds / (kernel_ms / 1000) / measured(threads), 4)
+    """The kernel's int8 multiply-adds a second over the machine's int8 dot-product peak, measured now; None without a native build."""
+    if not native.available():
+        return None
+    peak: float = native.load().int8_peak(threads)
+    return round(multiply_adds / (kernel_ms / 1000) / peak, 4) if peak else None
 
 
 def _over(windows: list[Tensor], call: Callable[[Tensor], Any]) -> Callable[[], Any]:
@@ -156,10 +151,10 @@ def reference(x: Tensor, patches: Loaded) -> tuple[Tensor, float]:
 
 
 def _screening(x: Tensor, patches: Loaded, rows: int) -> dict[str, Any]:
-    """The share of pairs that survive the screening, and whether the call went the dense way, where the build counts them."""
-    count = getattr(ops, "screening_stats", None)
-    if count is None or patches.packed is None:
+    """The share of pairs that survive the screening, and whether a call went the dense way; None where nothing is screened."""
+    if patches.packed is None:
         return {"survivors_share": None, "dense_path": None}
-    found = [count(window, patches.keys, patches.bias, patches.packed, patches.activation) for window in x.split(rows)]
+    given = (patches.keys, patches.bias, patches.packed, patches.activation)
+    found = [ops.screening_stats(window, *given) for window in x.split(rows)]
     share = sum(stats["survivors"] for stats in found) / max(1, sum(stats["pairs"] for stats in found))
     return {"survivors_share": float(f"{share:.4g}"), "dense_path": any(stats["dense"] for stats in found)}

@@ -128,22 +128,19 @@ def test_every_side_sees_the_same_rows(drawn_cases, monkeypatch):
     assert seen["dense"] == seen["kernel"] and len(set(seen["dense"])) == 8
 
 
-def test_statistics_and_peak_where_the_build_has_them(drawn_cases, monkeypatch):
-    loaded = kernel_point.load(drawn_cases("default", 20, 64, 16, seed=0), torch.float32)
-    packed = torch.zeros(1, dtype=torch.uint8)
-    counted = []
+def test_statistics_of_the_screening(drawn_cases, monkeypatch):
+    loaded = kernel_point.load(drawn_cases("default", 2000, 64, 16, seed=0), torch.float32)
+    found = kernel_point.point(loaded, 8, 15)
+    assert found["fired_share"] <= found["survivors_share"] < 1 and found["dense_path"] in (False, True)
+    every = kernel_point.load(drawn_cases("adversarial", 2000, 64, 16, seed=0), torch.float32)
+    found = kernel_point.point(every, 32, 15)
+    assert found["survivors_share"] == 1.0 and found["dense_path"] is True
+    monkeypatch.setattr(ops, "pack_keys", lambda *args: None)
+    found = kernel_point.point(kernel_point.load(drawn_cases("default", 20, 8, 16, seed=0), torch.float32), 8, 15)
+    assert found["survivors_share"] is None and found["dense_path"] is None
 
-    def stats(x, keys, bias, packed, activation):
-        counted.append(x.shape[0])
-        return {"survivors": 3, "pairs": 10 * x.shape[0], "dense": x.shape[0] > 16}
 
-    monkeypatch.setattr(ops, "screening_stats", stats, raising=False)
-    monkeypatch.setattr(kernel_point, "kernel", lambda x, loaded: torch.zeros_like(x))
-    given = kernel_point.Loaded(**{**vars(loaded), "packed": packed})
-    found = kernel_point.point(given, 8, 15)
-    assert counted == [8] * 8 and found["survivors_share"] == 3 / 80 and found["dense_path"] is False
-    assert kernel_point.point(given, 32, 15)["dense_path"] is True
-
+def test_the_share_of_the_int8_peak(monkeypatch):
     class Build:
         @staticmethod
         def int8_peak(threads):
@@ -152,6 +149,8 @@ def test_statistics_and_peak_where_the_build_has_them(drawn_cases, monkeypatch):
     monkeypatch.setattr(native, "available", lambda: True)
     monkeypatch.setattr(native, "load", Build)
     assert kernel_point.int8_peak_share(256 * 1000 * 768, 1.0, 2) == round(256 * 1000 * 768 / 1e-3 / 2e12, 4)
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert kernel_point.int8_peak_share(256 * 1000 * 768, 1.0, 2) is None
 
 
 def test_the_stretch_draws_its_curves(quick, tmp_path):
