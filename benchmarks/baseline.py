@@ -65,7 +65,7 @@ def latency_calls(
 @torch.no_grad()
 def ratio(calls: Mapping[str, Callable[[], Any]], one: str, other: str) -> float:
     """The time of one call over that of another: medians, interleaved."""
-    times, _ = measured({name: calls[name] for name in (one, other)})
+    times, _, _ = measured({name: calls[name] for name in (one, other)})
     return round(times[one]["p50_ms"] / times[other]["p50_ms"], 4)
 
 

@@ -35,7 +35,7 @@ STRETCH_NEURONS, STRETCH_ROWS = (1_000, 3_162, 10_000, 31_623, 100_000, 316_228,
 QUICK_NEURONS, QUICK_ROWS = (1_000, 5_000), (1, 32)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACK_REPEATS_UP_TO = 100_000  # neurons; packing more is timed once
-CODE = ("kernel", "latency", "trained")
+CODE = ("kernel", "latency", "trained", "texts")
 Cases = Callable[..., Any]
 
 

@@ -69,7 +69,7 @@ def point(patches: Loaded, rows: int, repeats: int | None = None) -> dict[str, A
         "kernel": _over(windows, lambda x: kernel(x, patches)),
         **plain_reads(patches.keys.numel()),
     }
-    times, repeats = measured(calls, repeats)
+    times, repeats, _ = measured(calls, repeats)
     x, y = patches.x[: count * rows], patches.y[: count * rows]
     return {
         **_times(times, patches.keys.numel()),

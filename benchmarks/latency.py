@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+MOST = 201  # repeats; enough for any median
+
 
 def measure(calls: Mapping[str, Callable[[], Any]], repeats: int = 15, warmup: int = 3) -> dict[str, dict[str, float]]:
     """name -> {"p50_ms", "iqr_ms"}: the median wall time of each call, and the distance between its quartiles.
@@ -29,17 +31,24 @@ def measure(calls: Mapping[str, Callable[[], Any]], repeats: int = 15, warmup: i
 
 
 def measured(
-    calls: Mapping[str, Callable[[], Any]], repeats: int | None = None, budget_s: float = 1.5, most: int = 201
-) -> tuple[dict[str, dict[str, float]], int]:
-    """`measure` with as many repeats as fit into `budget_s`, 15 to `most`, where `repeats` does not say; and how many they were."""
-    for call in calls.values():
-        call()
+    calls: Mapping[str, Callable[[], Any]], repeats: int | None = None, budget_s: float = 1.5
+) -> tuple[dict[str, dict[str, float]], int, dict[str, Any]]:
+    """`measure` with as many repeats as fit into `budget_s`, 15 to `MOST`, where `repeats` does not say; how many they were; and
+    what each call returned at first.
+
+    A round before sets the number and warms what is warm in use; quick calls get another one.
+    """
     start = time.perf_counter()
-    if repeats is None:
+    first = {name: call() for name, call in calls.items()}
+    took = time.perf_counter() - start
+    if took < budget_s / 15:
+        start = time.perf_counter()
         for call in calls.values():
             call()
-        repeats = max(15, min(most, int(budget_s / (time.perf_counter() - start))))
-    return measure(calls, repeats, warmup=1 if repeats > 15 else 0), repeats
+        took = time.perf_counter() - start
+    if repeats is None:
+        repeats = max(15, min(MOST, int(budget_s / took)))
+    return measure(calls, repeats, warmup=0), repeats, first
 
 
 def _summary(values: list[float]) -> dict[str, float]:

@@ -149,8 +149,9 @@ def test_unknown_names(run):
 
 
 def test_measured_chooses_its_repeats():
-    times, repeats = latency.measured({"quick": lambda: None}, budget_s=0.01, most=30)
-    assert repeats == 30 and set(times) == {"quick"}
+    turns = iter(range(1000))
+    times, repeats, first = latency.measured({"quick": lambda: next(turns)}, budget_s=10.0)
+    assert repeats == latency.MOST and set(times) == {"quick"} and first == {"quick": 0}
     assert latency.measured({"quick": lambda: None}, budget_s=0.0)[1] == 15
     assert latency.measured({"quick": lambda: None}, 17)[1] == 17
 
