@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from .model_shapes import subject
 
 PATH = Path(__file__).parent / "results" / "baseline.json"
 #: A ratio may be so many times its baseline, and a kernel so many times dense PyTorch, before the check fails.
-MARGIN, BEHIND = 2.0, 1.25
+MARGIN, BEHIND = 2.0, 1.5
+ATTEMPTS = 3
 KERNEL_ROWS, KERNEL_NEURONS, WIDTH = (1, 32, 256), 5_000, 768
 KERNEL_CASES = {f"{kind}-m{rows}": (kind, rows) for kind in ("default", "paper", "adversarial") for rows in KERNEL_ROWS}
 LATENCY_CASES = {"bert-b1-t32": (1, 32), "bert-b8-t32": (8, 32)}
@@ -77,22 +79,27 @@ def read(path: Path = PATH) -> dict[str, Any]:
     return found
 
 
-def check(case: str, part: str, found: float, baseline: Mapping[str, Any]) -> None:
-    """Raises `BackendError` where a ratio is more than `MARGIN` times its baseline, or a kernel behind dense by more than `BEHIND`.
+def check(case: str, part: str, measure: Callable[[], float], baseline: Mapping[str, Any]) -> float:
+    """The ratio that `measure` gives. Raises `BackendError` where each of `ATTEMPTS` ratios is more than `MARGIN` times its baseline, or
+    a kernel behind dense by more than `BEHIND`: noise passes, a slower kernel stays.
 
     A baseline of another instruction set says nothing about this one.
     """
     isa = native.info().get("isa")
-    limits = [("dense PyTorch", BEHIND)] if part == "kernel" else []
+    limits = {"by dense PyTorch": BEHIND} if part == "kernel" else {}
     known = baseline[part].get(case)
     if known is not None and baseline["isa"] == isa:
-        limits.append((f"the baseline {known:g}", MARGIN * known))
-    for what, limit in limits:
-        if found > limit:
-            raise xpatch.BackendError(
-                f"{part} benchmark, case {case}: expected a ratio of at most {limit:.3g} (by {what}), found {found:.3g} on ISA {isa}; "
-                "run it again on a quiet machine, then look for what made it slow"
-            )
+        limits[f"by the baseline {known:g}"] = MARGIN * known
+    limit = min(limits.values(), default=math.inf)
+    found = []
+    for _ in range(ATTEMPTS):
+        found.append(measure())
+        if found[-1] <= limit:
+            return found[-1]
+    raise xpatch.BackendError(
+        f"{part} benchmark, case {case}: expected a ratio of at most {limit:.3g} ({min(limits, key=lambda why: limits[why])}), found "
+        f"{', '.join(f'{ratio:.3g}' for ratio in found)} on ISA {isa}; run it again on a quiet machine, then look for what made it slow"
+    )
 
 
 def main() -> None:
