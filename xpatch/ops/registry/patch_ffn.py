@@ -193,7 +193,8 @@ def native_call(
     )
     (count, width), neurons, columns = rows.shape, keys.shape[0], values.shape[1]
     mask_inner, mask_outer, language = masks
-    languages, addresses = 0, (0, 0, 0)
+    languages = 0
+    addresses: tuple[int, ...] = (0, 0, 0)
     if language is not None and (mask_inner is not None or mask_outer is not None):
         language = language.reshape(*language.shape, *[1] * (x.ndim - 1 - language.ndim)).expand(x.shape[:-1])
         language = language.contiguous()
