@@ -1,5 +1,5 @@
-# Types of the compiled module (csrc/bindings/module.cpp). Pointers and streams are plain integers;
-# `fired` is 0 where it is not wanted. What returns bool says False where it left the work to the framework.
+# Types of the compiled module (csrc/bindings/). Pointers and streams are plain integers, 0 where a tensor is left out.
+# What returns bool says False where it left the work to the framework.
 from typing import Any
 
 __version__: str
@@ -111,30 +111,40 @@ def patch_ffn_cpu(
     bias: int,
     values: int,
     out: int,
-    fired: int,
+    mask_inner: int,
+    mask_outer: int,
+    language: int,
     M: int,
     D: int,
     N: int,
     V: int,
+    L: int,
     x_stride: int,
     keys_stride: int,
     values_stride: int,
     dtype: int,
     activation: int,
+    packed: int,
+    packed_bytes: int,
+    always: bool,
+    want_fired: bool,
     threads: int,
     /,
-) -> None: ...
+) -> tuple[bool, int, int, bytes]: ...
 def patch_ffn_cuda(
     x: int,
     keys: int,
     bias: int,
     values: int,
     out: int,
-    fired: int,
+    mask_inner: int,
+    mask_outer: int,
+    language: int,
     M: int,
     D: int,
     N: int,
     V: int,
+    L: int,
     x_stride: int,
     keys_stride: int,
     values_stride: int,
@@ -143,3 +153,18 @@ def patch_ffn_cuda(
     stream: int,
     /,
 ) -> None: ...
+def can_screen(activation: int, D: int, /) -> bool: ...
+def packed_bytes(N: int, D: int, /) -> int: ...
+def pack_keys_cpu(
+    keys: int,
+    bias: int,
+    N: int,
+    D: int,
+    keys_stride: int,
+    dtype: int,
+    activation: int,
+    packed: int,
+    threads: int,
+    /,
+) -> None: ...
+def int8_peak(threads: int, /) -> float: ...

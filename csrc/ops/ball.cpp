@@ -16,8 +16,6 @@
 namespace xpatch {
 namespace {
 
-XPATCH_CHOOSE_KERNELS(BallKernels, ball_kernels)
-
 constexpr int64_t kPanelRows = 256;  // rows held at once
 constexpr int64_t kBlockKeys = 256;  // keys one task compares with all rows of the panel
 constexpr double kSerialWork = 1 << 17;
@@ -88,7 +86,7 @@ void ball(const Ball& op, int threads) {
   if (op.M == 0 || op.K == 0) return;
   if (static_cast<double>(op.M) * static_cast<double>(op.K) * static_cast<double>(op.D) < kSerialWork) threads = 1;
 
-  const BallKernels& kernel = kernels();
+  const BallKernels& kernel = XPATCH_KERNELS(ball_kernels);
   const bool wide = op.dtype == DType::fp32;
   const int64_t panel = std::min(op.M, kPanelRows), key_blocks = blocks(op.K, kBlockKeys);
   std::vector<float> radii(static_cast<size_t>(op.K));

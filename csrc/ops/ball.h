@@ -10,7 +10,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "core/kernels.h"
+#include "core/isa.h"
 
 namespace xpatch {
 

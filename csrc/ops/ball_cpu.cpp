@@ -25,12 +25,12 @@ inline void ask_for(const float* key) {
 }
 
 inline Vec add_square(const float* x, const float* key, Vec acc) {
-  const Vec difference = multiply_add(fill(-1.0f), load(key), load(x));
+  const Vec difference = subtract(load(x), load(key));
   return multiply_add(difference, difference, acc);
 }
 
 inline Vec add_last_square(const float* x, const float* key, int64_t count, Vec acc) {
-  const Vec difference = multiply_add(fill(-1.0f), load_first(key, count), load_first(x, count));
+  const Vec difference = subtract(load_first(x, count), load_first(key, count));
   return multiply_add(difference, difference, acc);
 }
 
@@ -87,7 +87,7 @@ Nearest within(const float* x, const float* keys, int64_t keys_stride, const flo
   return best;
 }
 
-Nearest nearest(const float* x, const float* keys, int64_t keys_stride, int64_t count, int64_t D, float bound) {
+Nearest nearest_key(const float* x, const float* keys, int64_t keys_stride, int64_t count, int64_t D, float bound) {
   Nearest best;
   float limit = square_limit(bound);
   walk(
@@ -103,7 +103,7 @@ Nearest nearest(const float* x, const float* keys, int64_t keys_stride, int64_t 
 
 }  // namespace
 
-const BallKernels ball_kernels = {within, nearest};
+const BallKernels ball_kernels = {within, nearest_key};
 
 }  // namespace XPATCH_ISA
 }  // namespace xpatch

@@ -11,8 +11,6 @@
 namespace xpatch {
 namespace {
 
-XPATCH_CHOOSE_KERNELS(LowrankKernels, lowrank_kernels)
-
 constexpr int64_t kMinBlockRows = 16, kMaxBlockRows = 128;  // rows grouped together
 constexpr int64_t kChunkRanks = 16;                         // ranks of one delta held at once
 constexpr double kSerialWork = 1 << 17;  // multiply-adds below which waking threads costs more than it saves
@@ -71,8 +69,10 @@ struct Cost {
 Cost cost() {
   switch (isa_in_use()) {
     case Isa::avx512:
+    case Isa::avx512vnni:
       return {0.6, 1.25};
     case Isa::avx2:
+    case Isa::avx2vnni:
       return {1.0, 1.7};
     default:
       return {3.0, 2.5};
@@ -160,7 +160,7 @@ Matrix as_fp32(const void* matrix, DType dtype, int64_t stride, int64_t first, i
 }
 
 void run_block(const Lowrank& op, int64_t row0, int64_t rows, Scratch& scratch) {
-  const LowrankKernels& kernel = kernels();
+  const LowrankKernels& kernel = XPATCH_KERNELS(lowrank_kernels);
   const bool wide = op.dtype == DType::fp32;
   float* out = wide ? static_cast<float*>(op.out) + row0 * op.V : scratch.out.data();
   std::fill(out, out + rows * op.V, 0.0f);

@@ -11,7 +11,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "core/kernels.h"
+#include "core/isa.h"
 
 namespace xpatch {
 

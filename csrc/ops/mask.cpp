@@ -9,8 +9,6 @@
 namespace xpatch {
 namespace {
 
-XPATCH_CHOOSE_KERNELS(MaskKernels, mask_kernels)
-
 constexpr int64_t kBlockElements = 1 << 15;  // one task: long enough to be worth a thread
 
 }  // namespace
@@ -37,7 +35,7 @@ bool mask(const Mask& op, int threads) {
     if (op.language[item] < 0 || op.language[item] >= op.L) return false;
   }
   if (op.M == 0 || op.D == 0) return true;
-  const MaskKernels& kernel = kernels();
+  const MaskKernels& kernel = XPATCH_KERNELS(mask_kernels);
   const int64_t bytes = size_of(op.dtype);
   const int64_t block = std::max<int64_t>(kBlockElements / op.D, 1);
   parallel_for(blocks(op.M, block), threads, [&](int64_t task) {

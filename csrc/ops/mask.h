@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "core/kernels.h"
+#include "core/isa.h"
 
 namespace xpatch {
 

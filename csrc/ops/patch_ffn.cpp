@@ -2,69 +2,286 @@
 #include "ops/patch_ffn.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 
 #include "core/check.h"
-#include "core/isa.h"
 #include "core/parallel.h"
+#include "screen/screen.h"
 
 namespace xpatch {
 namespace {
 
-// Work is cut the same way whatever the number of threads; these sizes keep one block's operands in the L2 cache.
-constexpr int64_t kPanelRows = 256;      // rows whose activations are held at once
-constexpr int64_t kChunkNeurons = 1024;  // neurons whose activations are held at once
-constexpr int64_t kBlockRows = 32;
-constexpr int64_t kBlockNeurons = 32;
-constexpr int64_t kBlockColumns = 128;
-constexpr double kSerialWork = 1 << 17;  // multiply-adds below which waking threads costs more than it saves
+// Work is cut the same way whatever the number of threads. A block of rows and a block of keys stay in the L2 cache.
+constexpr int64_t kPanelRows = 4096;  // rows whose bytes are held at once
+constexpr int64_t kBlockRows = 96;
+constexpr int64_t kBlockGroups = 32;
+constexpr int64_t kBlockColumns = 256;
+constexpr int64_t kValuesAtOnce = 32;     // value rows widened at once
+constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds below which waking threads costs more than it saves
+constexpr int64_t kSampledRows = 4, kSampledGroups = 16;
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-const PatchFfnKernels& kernels() {
-  switch (isa_in_use()) {
-#if defined(XPATCH_HAS_AVX512)
-    case Isa::avx512:
-      return avx512::patch_ffn_kernels;
-#endif
-#if defined(XPATCH_HAS_AVX2)
-    case Isa::avx2:
-      return avx2::patch_ffn_kernels;
-#endif
-    default:
-      return portable::patch_ffn_kernels;
-  }
+template <typename T>
+std::unique_ptr<T[]> allocate(int64_t count) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(std::max<int64_t>(count, 1))]);
 }
 
-using Buffer = std::unique_ptr<float[]>;
-
-Buffer allocate(int64_t count) { return Buffer(new float[static_cast<size_t>(std::max<int64_t>(count, 1))]); }
-
-// Rows [first, first + rows) of a matrix as fp32: the matrix itself, or a widened copy in `buffer`.
-struct Rows {
-  const float* data;
-  int64_t stride;
+// What one neuron gives one row: never 0, NaN is possible.
+struct Hit {
+  int64_t neuron;
+  int32_t row;  // within its block
+  float h;
 };
 
-Rows rows_as_fp32(const void* matrix, DType dtype, int64_t stride, int64_t first, int64_t rows, int64_t width,
-                  const Buffer& buffer, int threads) {
-  const char* start = static_cast<const char*>(matrix) + first * stride * size_of(dtype);
-  if (dtype == DType::fp32) return {reinterpret_cast<const float*>(start), stride};
-  parallel_for(blocks(rows, kBlockRows), threads, [&](int64_t block) {
-    const int64_t end = std::min(rows, (block + 1) * kBlockRows);
-    for (int64_t row = block * kBlockRows; row < end; ++row) {
-      widen(start + row * stride * size_of(dtype), dtype, width, buffer.get() + row * width);
-    }
-  });
-  return {buffer.get(), width};
+// The share of survivors above which dense matmuls are quicker. A survivor reads its key and value rows alone; a dense
+// matmul reads each once for all rows, so the more rows, the better it gets (measured: benchmarks/README.md).
+double share_worth_it(int64_t M) { return M <= 2 ? 0.6 : M <= 8 ? 0.35 : 0.2; }
+
+float fp32_at(const void* matrix, DType dtype, int64_t index) {
+  float value;
+  widen(static_cast<const char*>(matrix) + index * size_of(dtype), dtype, 1, &value);
+  return value;
 }
 
-// fired[rows,neurons] = h[rows,neurons] > 0
-void mark_fired(const float* h, int64_t h_stride, int64_t rows, int64_t neurons, uint8_t* fired, int64_t fired_stride) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t n = 0; n < neurons; ++n) fired[row * fired_stride + n] = h[row * h_stride + n] > 0.0f;
+class Call {
+ public:
+  Call(const PatchFfn& op, const PackedKeys& packed, bool always, bool want_fired, int threads)
+      : op_(op),
+        packed_(packed),
+        always_(always),
+        want_fired_(want_fired),
+        threads_(op.M * op.N * op.D < kSerialWork ? 1 : threads),
+        width_(4 * packed.steps),
+        limit_(share_worth_it(op.M) * static_cast<double>(op.M) * static_cast<double>(op.N)) {}
+
+  PatchFfnResult run() {
+    const int64_t panel = std::min(op_.M, kPanelRows);
+    bytes_ = allocate<int8_t>(panel * width_);
+    bounds_ = allocate<RowBound>(panel);
+    rows_ = allocate<const float*>(panel);
+    if (op_.dtype != DType::fp32 || op_.mask_inner != nullptr) copies_ = allocate<float>(panel * op_.D);
+    for (int64_t row0 = 0; row0 < op_.M; row0 += panel) {
+      const int64_t rows = std::min(panel, op_.M - row0);
+      enter(row0, rows);
+      if (!always_ && row0 == 0 && !worth_it(rows)) return too_many();
+      if (!screen(rows)) return too_many();
+      leave(row0, rows);
+    }
+    result_.survivors = survivors_;
+    return std::move(result_);
   }
-}
+
+ private:
+  // Rows [row0, row0 + rows): widened, masked, and rounded to bytes.
+  void enter(int64_t row0, int64_t rows) {
+    const int64_t at_once = 16;
+    parallel_for(blocks(rows, at_once), rows * op_.D < (1 << 15) ? 1 : threads_, [&](int64_t block) {
+      const auto work = allocate<float>(op_.D);
+      const int64_t end = std::min(rows, (block + 1) * at_once);
+      for (int64_t m = block * at_once; m < end; ++m) {
+        const char* source = static_cast<const char*>(op_.x) + (row0 + m) * op_.x_stride * size_of(op_.dtype);
+        if (copies_ == nullptr) {
+          rows_[m] = reinterpret_cast<const float*>(source);
+        } else {
+          float* copy = copies_.get() + m * op_.D;
+          widen(source, op_.dtype, op_.D, copy);
+          if (op_.mask_inner != nullptr) times_mask(op_.mask_inner, row0 + m, op_.D, 0, op_.D, copy);
+          rows_[m] = copy;
+        }
+        screener_.quantise(rows_[m], op_.D, work.get(), bytes_.get() + m * width_, &bounds_[m]);
+      }
+    });
+  }
+
+  // Looks at a few rows and groups only.
+  bool worth_it(int64_t rows) const {
+    const int64_t some_rows = std::min(rows, kSampledRows), some_groups = std::min(packed_.count / 4, kSampledGroups);
+    int64_t found = 0;
+    for (int64_t i = 0; i < some_groups; ++i) {
+      const uint8_t* group = packed_.groups + i * packed_.count / some_groups * packed_.stride;
+      for (int64_t j = 0; j < some_rows; ++j) {
+        const int64_t m = j * rows / some_rows;
+        uint16_t mask;
+        found +=
+            screener_.screen(bytes_.get() + m * width_, &bounds_[m], 1, group, packed_.stride, packed_.steps, 1, &mask);
+      }
+    }
+    // Twice the share: a sample is small, and the whole call stops by itself at its limit.
+    return static_cast<double>(found) <=
+           2.0 * share_worth_it(op_.M) * static_cast<double>(some_groups * some_rows * kGroup);
+  }
+
+  // False when it gave up.
+  bool screen(int64_t rows) {
+    row_blocks_ = blocks(rows, kBlockRows);
+    const int64_t key_blocks = blocks(packed_.count, kBlockGroups);
+    hits_.clear();
+    hits_.resize(static_cast<size_t>(row_blocks_ * key_blocks));
+    std::atomic<bool> stop{false};
+    parallel_for(row_blocks_ * key_blocks, threads_, [&](int64_t task) {
+      if (stop.load(std::memory_order_relaxed)) return;
+      const int64_t row = task % row_blocks_ * kBlockRows, group = task / row_blocks_ * kBlockGroups;
+      const int64_t block_rows = std::min(kBlockRows, rows - row);
+      const int64_t block_groups = std::min(kBlockGroups, packed_.count - group);
+      uint16_t masks[kBlockGroups * kBlockRows];
+      const int64_t found =
+          screener_.screen(bytes_.get() + row * width_, &bounds_[row], block_rows,
+                           packed_.groups + group * packed_.stride, packed_.stride, packed_.steps, block_groups, masks);
+      if (found == 0) return;
+      const int64_t total = survivors_.fetch_add(found, std::memory_order_relaxed) + found;
+      if (!always_ && static_cast<double>(total) > limit_) {
+        stop.store(true, std::memory_order_relaxed);
+        return;
+      }
+      compute(masks, row, block_rows, group, block_groups, found, hits_[static_cast<size_t>(task)]);
+    });
+    result_.pairs += rows * op_.N;
+    return !stop.load();
+  }
+
+  // The survivors of a block in fp32, key by key, so that a key is read once for all its rows.
+  void compute(const uint16_t* masks, int64_t row, int64_t rows, int64_t group, int64_t groups, int64_t found,
+               std::vector<Hit>& hits) const {
+    const auto copy = op_.dtype == DType::fp32 ? nullptr : allocate<float>(op_.D);
+    const float* chosen[kBlockRows];
+    int32_t index[kBlockRows];
+    float h[kBlockRows];
+    hits.reserve(static_cast<size_t>(found));
+    for (int64_t g = 0; g < groups; ++g) {
+      const uint16_t* mask = masks + g * rows;
+      uint32_t any = 0;
+      for (int64_t m = 0; m < rows; ++m) any |= mask[m];
+      for (int64_t i = 0; any >> i != 0; ++i) {
+        const int64_t neuron = (group + g) * kGroup + i;
+        if ((any >> i & 1) == 0 || neuron >= op_.N) continue;
+        int64_t count = 0;
+        for (int64_t m = 0; m < rows; ++m) {
+          if ((mask[m] >> i & 1) == 0) continue;
+          chosen[count] = rows_[row + m];
+          index[count++] = static_cast<int32_t>(m);
+        }
+        const char* source = static_cast<const char*>(op_.keys) + neuron * op_.keys_stride * size_of(op_.dtype);
+        const float* key = reinterpret_cast<const float*>(source);
+        if (copy != nullptr) {
+          widen(source, op_.dtype, op_.D, copy.get());
+          key = copy.get();
+        }
+        kernels_.scores(chosen, count, key, fp32_at(op_.bias, op_.dtype, neuron), op_.D, op_.activation, h);
+        for (int64_t k = 0; k < count; ++k) {
+          if (h[k] != 0.0f) hits.push_back({neuron, index[k], h[k]});  // NaN is not equal to 0
+        }
+      }
+    }
+  }
+
+  // Adds the values of what fired.
+  void leave(int64_t row0, int64_t rows) {
+    const int64_t key_blocks = blocks(packed_.count, kBlockGroups);
+    std::vector<std::vector<int64_t>> fired(static_cast<size_t>(row_blocks_));
+    const int64_t column_blocks = rows >= 8 ? 1 : blocks(op_.V, kBlockColumns);
+    const int64_t columns = column_blocks == 1 ? op_.V : kBlockColumns;
+    parallel_for(row_blocks_ * column_blocks, threads_, [&](int64_t task) {
+      const int64_t block = task % row_blocks_, column = task / row_blocks_ * columns;
+      const int64_t block_rows = std::min(kBlockRows, rows - block * kBlockRows);
+      // Hits lie by key block, then by key: sorting them stably by row leaves each row's neurons in ascending order.
+      int64_t first[kBlockRows + 1] = {};
+      for (int64_t k = 0; k < key_blocks; ++k) {
+        for (const Hit& hit : hits_[static_cast<size_t>(k * row_blocks_ + block)]) ++first[hit.row + 1];
+      }
+      for (int64_t m = 0; m < block_rows; ++m) first[m + 1] += first[m];
+      const int64_t total = first[block_rows];
+      const auto neurons = allocate<int64_t>(total);
+      const auto weights = allocate<float>(total);
+      int64_t next[kBlockRows];
+      std::copy(first, first + block_rows, next);
+      for (int64_t k = 0; k < key_blocks; ++k) {
+        for (const Hit& hit : hits_[static_cast<size_t>(k * row_blocks_ + block)]) {
+          const int64_t at = next[hit.row]++;
+          neurons[at] = hit.neuron;
+          weights[at] = hit.h;
+        }
+      }
+      const auto values = allocate<const float*>(total);
+      for (int64_t m = 0; m < block_rows; ++m) {
+        const int64_t row = row0 + block * kBlockRows + m, count = first[m + 1] - first[m];
+        add_values(row, neurons.get() + first[m], weights.get() + first[m], values.get(), count, column,
+                   std::min(columns, op_.V - column));
+        for (int64_t i = first[m]; want_fired_ && column == 0 && i < first[m + 1]; ++i) {
+          if (!(weights[i] > 0.0f)) continue;
+          fired[static_cast<size_t>(block)].push_back(row);
+          fired[static_cast<size_t>(block)].push_back(neurons[i]);
+        }
+      }
+    });
+    for (const auto& pairs : fired) result_.fired.insert(result_.fired.end(), pairs.begin(), pairs.end());
+  }
+
+  // out[row, column : column + columns]
+  void add_values(int64_t row, const int64_t* neurons, const float* weights, const float** values, int64_t count,
+                  int64_t column, int64_t columns) const {
+    const bool wide = op_.dtype == DType::fp32;
+    char* target = static_cast<char*>(op_.out) + (row * op_.V + column) * size_of(op_.dtype);
+    if (count == 0) {
+      std::fill(target, target + columns * size_of(op_.dtype), 0);
+      return;
+    }
+    const char* start = static_cast<const char*>(op_.values) + column * size_of(op_.dtype);
+    const auto sum_copy = wide ? nullptr : allocate<float>(columns);
+    float* sums = wide ? reinterpret_cast<float*>(target) : sum_copy.get();
+    if (wide) {
+      for (int64_t i = 0; i < count; ++i) {
+        values[i] = reinterpret_cast<const float*>(start) + neurons[i] * op_.values_stride;
+      }
+      kernels_.mix(weights, values, count, columns, false, sums);
+    } else {
+      const auto copy = allocate<float>(kValuesAtOnce * columns);
+      for (int64_t i = 0; i < count; i += kValuesAtOnce) {
+        const int64_t some = std::min(kValuesAtOnce, count - i);
+        for (int64_t j = 0; j < some; ++j) {
+          widen(start + neurons[i + j] * op_.values_stride * size_of(op_.dtype), op_.dtype, columns,
+                copy.get() + j * columns);
+          values[j] = copy.get() + j * columns;
+        }
+        kernels_.mix(weights + i, values, some, columns, i > 0, sums);
+      }
+    }
+    if (op_.mask_outer != nullptr) times_mask(op_.mask_outer, row, op_.V, column, columns, sums);
+    if (!wide) narrow(sums, columns, op_.dtype, target);
+  }
+
+  // row[columns] *= mask[language[m], column : column + columns], a mask of `width` columns
+  void times_mask(const void* mask, int64_t m, int64_t width, int64_t column, int64_t columns, float* row) const {
+    const int64_t first = op_.language[m] * width + column;
+    for (int64_t i = 0; i < columns; ++i) row[i] *= fp32_at(mask, op_.dtype, first + i);
+  }
+
+  PatchFfnResult too_many() {
+    PatchFfnResult result;
+    result.too_many = true;
+    result.pairs = op_.M * op_.N;
+    result.survivors = survivors_;
+    return result;
+  }
+
+  const PatchFfn& op_;
+  const PackedKeys& packed_;
+  const bool always_, want_fired_;
+  const int threads_;
+  const int64_t width_;
+  const double limit_;
+  const ScreenKernels& screener_ = XPATCH_KERNELS(screen_kernels);
+  const PatchFfnKernels& kernels_ = XPATCH_KERNELS(patch_ffn_kernels);
+  int64_t row_blocks_ = 0;
+  std::unique_ptr<int8_t[]> bytes_;
+  std::unique_ptr<RowBound[]> bounds_;
+  std::unique_ptr<const float*[]> rows_;
+  std::unique_ptr<float[]> copies_;
+  std::vector<std::vector<Hit>> hits_;  // [key block][row block]
+  std::atomic<int64_t> survivors_{0};
+  PatchFfnResult result_;
+};
 
 }  // namespace
 
@@ -83,61 +300,23 @@ void check(const PatchFfn& op) {
   XPATCH_CHECK(op.bias != nullptr || op.N == 0, "patch_ffn: bias is a null pointer");
   XPATCH_CHECK(op.values != nullptr || op.N * op.V == 0, "patch_ffn: values is a null pointer");
   XPATCH_CHECK(op.out != nullptr || op.M * op.V == 0, "patch_ffn: out is a null pointer");
+  const bool masked = op.mask_inner != nullptr || op.mask_outer != nullptr;
+  XPATCH_CHECK(!masked || op.language != nullptr || op.M == 0, "patch_ffn: language is a null pointer beside masks");
 }
 
-void patch_ffn(const PatchFfn& op, int threads) {
+PatchFfnResult patch_ffn(const PatchFfn& op, const uint8_t* packed, int64_t packed_bytes, bool always, bool want_fired,
+                         int threads) {
   check(op);
   XPATCH_CHECK(threads >= 1, "patch_ffn: threads must be at least 1, found " << threads);
-  if (op.M == 0 || (op.V == 0 && op.fired == nullptr)) return;
-
-  const bool wide = op.dtype == DType::fp32;
-  const double work = static_cast<double>(op.M) * static_cast<double>(op.N) * static_cast<double>(op.D + op.V);
-  if (work < kSerialWork) threads = 1;
-  const int64_t panel = std::min(op.M, kPanelRows), chunk = std::min(op.N, kChunkNeurons);
-  const Buffer h = allocate(panel * chunk);
-  const Buffer bias = allocate(op.N);
-  const Buffer x_copy = wide ? nullptr : allocate(panel * op.D);
-  const Buffer keys_copy = wide ? nullptr : allocate(chunk * op.D);
-  const Buffer values_copy = wide ? nullptr : allocate(chunk * op.V);
-  const Buffer out_copy = wide ? nullptr : allocate(panel * op.V);
-  if (op.N > 0) widen(op.bias, op.dtype, op.N, bias.get());
-  const PatchFfnKernels& kernel = kernels();
-  const bool skip_silent = op.activation == Activation::relu;
-
-  for (int64_t row0 = 0; row0 < op.M; row0 += panel) {
-    const int64_t rows = std::min(panel, op.M - row0);
-    const int64_t row_blocks = blocks(rows, kBlockRows);
-    float* out = wide ? static_cast<float*>(op.out) + row0 * op.V : out_copy.get();
-    if (op.N == 0) std::fill(out, out + rows * op.V, 0.0f);
-    const Rows x = rows_as_fp32(op.x, op.dtype, op.x_stride, row0, rows, op.D, x_copy, threads);
-
-    for (int64_t neuron0 = 0; neuron0 < op.N; neuron0 += chunk) {
-      const int64_t neurons = std::min(chunk, op.N - neuron0);
-      const Rows keys = rows_as_fp32(op.keys, op.dtype, op.keys_stride, neuron0, neurons, op.D, keys_copy, threads);
-      const Rows values =
-          rows_as_fp32(op.values, op.dtype, op.values_stride, neuron0, neurons, op.V, values_copy, threads);
-
-      parallel_for(row_blocks * blocks(neurons, kBlockNeurons), threads, [&](int64_t task) {
-        const int64_t row = task % row_blocks * kBlockRows, neuron = task / row_blocks * kBlockNeurons;
-        kernel.scores(x.data + row * x.stride, x.stride, keys.data + neuron * keys.stride, keys.stride,
-                      bias.get() + neuron0 + neuron, std::min(kBlockRows, rows - row),
-                      std::min(kBlockNeurons, neurons - neuron), op.D, op.activation, h.get() + row * chunk + neuron,
-                      chunk);
-        if (op.fired != nullptr) {
-          mark_fired(h.get() + row * chunk + neuron, chunk, std::min(kBlockRows, rows - row),
-                     std::min(kBlockNeurons, neurons - neuron), op.fired + (row0 + row) * op.N + neuron0 + neuron,
-                     op.N);
-        }
-      });
-      parallel_for(row_blocks * blocks(op.V, kBlockColumns), threads, [&](int64_t task) {
-        const int64_t row = task % row_blocks * kBlockRows, column = task / row_blocks * kBlockColumns;
-        kernel.mix(h.get() + row * chunk, chunk, values.data + column, values.stride, std::min(kBlockRows, rows - row),
-                   neurons, std::min(kBlockColumns, op.V - column), skip_silent, neuron0 > 0, out + row * op.V + column,
-                   op.V);
-      });
+  const PackedKeys keys = read_packed(packed, packed_bytes, op.N, op.D, op.activation);
+  if (op.mask_inner != nullptr || op.mask_outer != nullptr) {
+    for (int64_t m = 0; m < op.M; ++m) {
+      XPATCH_CHECK(op.language[m] >= 0 && op.language[m] < op.L,
+                   "patch_ffn: language of row " << m << " must be in [0, " << op.L << "), found " << op.language[m]);
     }
-    if (!wide) narrow(out, rows * op.V, op.dtype, static_cast<char*>(op.out) + row0 * op.V * size_of(op.dtype));
   }
+  if (op.M == 0) return {};
+  return Call(op, keys, always, want_fired, threads).run();
 }
 
 #if !defined(XPATCH_HAS_CUDA)

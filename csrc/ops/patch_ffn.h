@@ -1,20 +1,19 @@
 // patch_ffn: what N patch neurons add beside an FFN.
 //
-//     out[M,V] = act(x[M,D] keys[N,D]^T + bias[N]) values[N,V]
+//     out[M,V] = (act((x[M,D] * mask_inner[language]) keys[N,D]^T + bias[N]) values[N,V]) * mask_outer[language]
 //
-// M rows, D input width, N neurons, V output width (D again for a neuron beside a whole FFN). Sums are kept in fp32 for
-// every dtype. A relu neuron whose activation is exactly 0 adds nothing and its value row is not read; this equals the
-// dense formula as long as `values` is finite, which is checked when a patch set is created. NaN and Inf in x, keys or
-// bias propagate as in the dense formula.
-//
-// On wish it also says which neurons fired: fired[M,N] is 1 where the activation is above zero, which for every one of
-// these activations is where the score x keys^T + bias is above zero, and 0 elsewhere (NaN included).
+// M rows, D input width, N neurons, V output width (D again for a neuron beside a whole FFN), L languages; the masks
+// are optional. Sums are kept in fp32 for every dtype. Where the activation is exactly 0 a neuron adds nothing and its
+// value row is not read; this equals the dense formula as long as `values` is finite, which is checked when a patch set
+// is created. NaN and Inf in x, keys or bias propagate as in the dense formula.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "core/activation.h"
 #include "core/dtype.h"
+#include "core/isa.h"
 
 namespace xpatch {
 
@@ -26,19 +25,34 @@ struct PatchFfn {
   const void* bias = nullptr;
   const void* values = nullptr;
   void* out = nullptr;
-  uint8_t* fired = nullptr;  // [M,N], dense; null: not wanted
   int64_t M = 0, D = 0, N = 0, V = 0;
   int64_t x_stride = 0, keys_stride = 0, values_stride = 0;
   DType dtype = DType::fp32;
   Activation activation = Activation::relu;
+  // Language masks: row m uses row language[m] of both. mask_inner[L,D] and mask_outer[L,V] are dense, either may be
+  // null.
+  const void* mask_inner = nullptr;
+  const void* mask_outer = nullptr;
+  const int64_t* language = nullptr;  // [M]
+  int64_t L = 0;
 };
 
-// Throws Error for sizes, strides or pointers that cannot be right.
+// Throws Error for sizes, strides or pointers that cannot be right, and for a language outside [0, L).
 void check(const PatchFfn& op);
 
-// Runs on the CPU with at most `threads` threads. The result is bit-identical for any thread count: no sum is ever
-// split between threads.
-void patch_ffn(const PatchFfn& op, int threads);
+struct PatchFfnResult {
+  bool too_many = false;       // so many neurons survive that dense matmuls are quicker; `out` is not written
+  int64_t pairs = 0;           // (row, neuron) pairs looked at
+  int64_t survivors = 0;       // of them, computed in fp32
+  std::vector<int64_t> fired;  // row, neuron, row, neuron, ... in ascending order: where the score is above zero
+};
+
+// Runs on the CPU with at most `threads` threads, on keys that pack_keys (screen/screen.h) packed: screened in int8,
+// what survives computed in fp32. The result does not depend on the number of threads, and its bits are those of
+// computing every neuron in fp32. Unless `always`, the call gives up early where screening does not pay. want_fired:
+// fill `fired`.
+PatchFfnResult patch_ffn(const PatchFfn& op, const uint8_t* packed, int64_t packed_bytes, bool always, bool want_fired,
+                         int threads);
 
 // Launches on the caller's CUDA stream: no allocation, no synchronisation. Throws Error when the launch fails or when
 // this build has no CUDA kernels.
@@ -46,23 +60,13 @@ void patch_ffn_cuda(const PatchFfn& op, void* stream);
 
 // The CPU kernels of one instruction set (patch_ffn_cpu.cpp, compiled once for each). All arrays are fp32.
 struct PatchFfnKernels {
-  // h[rows,neurons] = act(x[rows,D] keys[neurons,D]^T + bias[neurons])
-  void (*scores)(const float* x, int64_t x_stride, const float* keys, int64_t keys_stride, const float* bias,
-                 int64_t rows, int64_t neurons, int64_t D, Activation activation, float* h, int64_t h_stride);
-  // out[rows,columns] (+)= h[rows,neurons] values[neurons,columns], adding neurons in ascending order; with
-  // `skip_silent` a neuron with h == 0 is passed over.
-  void (*mix)(const float* h, int64_t h_stride, const float* values, int64_t values_stride, int64_t rows,
-              int64_t neurons, int64_t columns, bool skip_silent, bool accumulate, float* out, int64_t out_stride);
+  // h[count] = act(rows[i][D] . key[D] + bias)
+  void (*scores)(const float* const* rows, int64_t count, const float* key, float bias, int64_t D,
+                 Activation activation, float* h);
+  // out[columns] (+)= sum over i of h[i] * values[i][columns], in ascending order of i
+  void (*mix)(const float* h, const float* const* values, int64_t count, int64_t columns, bool add, float* out);
 };
 
-namespace portable {
-extern const PatchFfnKernels patch_ffn_kernels;
-}
-namespace avx2 {
-extern const PatchFfnKernels patch_ffn_kernels;
-}
-namespace avx512 {
-extern const PatchFfnKernels patch_ffn_kernels;
-}
+XPATCH_DECLARE_KERNELS(PatchFfnKernels, patch_ffn_kernels)
 
 }  // namespace xpatch

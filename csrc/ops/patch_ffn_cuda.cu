@@ -63,9 +63,6 @@ __global__ void __launch_bounds__(kThreads) patch_ffn_kernel(PatchFfn op, int co
         if (lane == 0) {
           const float score = activate<A>(sums[r] + as_float(bias[neuron0 + n]));
           h[r * kNeurons + n] = score;
-          if (op.fired != nullptr && blockIdx.y == 0 && r < rows) {
-            op.fired[(row0 + r) * op.N + neuron0 + n] = score > 0.0f;
-          }
         }
       }
     }
@@ -123,7 +120,7 @@ void launch(const PatchFfn& op, cudaStream_t stream) {
 
 void patch_ffn_cuda(const PatchFfn& op, void* stream_handle) {
   check(op);
-  if (op.M == 0 || (op.V == 0 && op.fired == nullptr)) return;
+  if (op.M == 0 || op.V == 0) return;
   auto* stream = static_cast<cudaStream_t>(stream_handle);
   switch (op.dtype) {
     case DType::fp32:

@@ -59,15 +59,51 @@ def activate_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, z, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
-def patch_ffn(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> Tensor:
-    """``act(x keysᵀ + bias) values``: x ``[..., D]``, keys ``[N, D]``, bias ``[N]``, values ``[N, V]`` -> ``[..., V]``."""
-    return activate(F.linear(x, keys, bias), activation) @ values
+def patch_ffn(
+    x: Tensor,
+    keys: Tensor,
+    bias: Tensor,
+    values: Tensor,
+    activation: str,
+    mask_inner: Tensor | None = None,
+    mask_outer: Tensor | None = None,
+    language: Tensor | None = None,
+) -> Tensor:
+    """``act(x keysᵀ + bias) values``: x ``[..., D]``, keys ``[N, D]``, bias ``[N]``, values ``[N, V]`` -> ``[..., V]``.
+
+    With masks ``[L, D]`` and ``[L, V]`` and a language index over x's first axes, as :func:`mask` applies them, before the keys and
+    after the values.
+    """
+    return _finish(_scores(x, keys, bias, mask_inner, language), values, activation, mask_outer, language)
 
 
-def patch_ffn_fired(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """:func:`patch_ffn`, and ``[..., N]`` bool: where ``x keysᵀ + bias`` is above zero."""
-    scores = F.linear(x, keys, bias)
-    return activate(scores, activation) @ values, scores > 0
+def patch_ffn_fired(
+    x: Tensor,
+    keys: Tensor,
+    bias: Tensor,
+    values: Tensor,
+    activation: str,
+    mask_inner: Tensor | None = None,
+    mask_outer: Tensor | None = None,
+    language: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`patch_ffn`, and ``[K, 2]`` int64: the (row, neuron) pairs whose score is above zero."""
+    scores = _scores(x, keys, bias, mask_inner, language)
+    fired = (scores.reshape(-1, scores.shape[-1]) > 0).nonzero()
+    return _finish(scores, values, activation, mask_outer, language), fired
+
+
+def _scores(x: Tensor, keys: Tensor, bias: Tensor, mask_inner: Tensor | None, language: Tensor | None) -> Tensor:
+    if mask_inner is not None and language is not None:
+        x = mask(x, mask_inner, language)
+    return F.linear(x, keys, bias)
+
+
+def _finish(
+    scores: Tensor, values: Tensor, activation: str, mask_outer: Tensor | None, language: Tensor | None
+) -> Tensor:
+    out = activate(scores, activation) @ values
+    return out if mask_outer is None or language is None else mask(out, mask_outer, language)
 
 
 def patch_ffn_backward(
@@ -144,23 +180,22 @@ def mask(x: Tensor, masks: Tensor, language: Tensor) -> Tensor:
 
     A language of shape ``[B]`` with x ``[B, T, D]`` gives all T rows of an item its language's mask.
     """
+    return x * spread_mask(masks, language, x)
+
+
+def spread_mask(masks: Tensor, language: Tensor, x: Tensor) -> Tensor:
+    """``masks[language]`` with as many axes as x."""
     chosen = masks.index_select(0, language.reshape(-1)).reshape(*language.shape, masks.shape[1])
     while chosen.ndim < x.ndim:
         chosen = chosen.unsqueeze(-2)
-    return x * chosen
+    return chosen
 
 
-def mask_backward(
-    grad: Tensor, x: Tensor, masks: Tensor, language: Tensor, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of :func:`mask` for x and masks, each None where ``needed`` says so; ``grad`` is ``[..., D]``."""
-    grad_x = mask(grad, masks, language) if needed[0] else None
-    if not needed[1]:
-        return grad_x, None
-    of_items = grad * x if x.ndim == language.ndim + 1 else (grad * x).flatten(language.ndim, -2).sum(-2)
-    return grad_x, torch.zeros_like(masks).index_add(
-        0, language.reshape(-1), of_items.reshape(language.numel(), masks.shape[1])
-    )
+def sum_by_language(products: Tensor, language: Tensor, masks: Tensor) -> Tensor:
+    """products ``[..., D]`` summed over the rows of each language -> as masks ``[L, D]``: the gradient of :func:`mask`'s masks."""
+    index = language.reshape([*language.shape, *[1] * (products.ndim - 1 - language.ndim)])
+    index = index.expand(products.shape[:-1]).reshape(-1)
+    return torch.zeros_like(masks).index_add(0, index, as_rows(products))
 
 
 def ball(x: Tensor, keys: Tensor, radii: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ Python and are not counted.
 from __future__ import annotations
 
 import datetime
+import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,9 @@ UNKNOWN = "?"
 #: Where languages are counted beyond the first `LANGUAGES_AT_MOST` of a part: codes come from requests, memory is finite.
 OTHERS = "others"
 LANGUAGES_AT_MOST = 256
-_AT_ONCE = 1 << 20  # (token, neuron) pairs looked at together
 
 Counts = dict[str, np.ndarray]
 """language -> int64 `[N]`, or `[1]` for a gated delta."""
-_Table = dict[tuple[str, torch.device], Any]
 
 
 def countable(part: PreparedPart) -> bool:
@@ -57,38 +56,39 @@ class Firings:
         self.cpu_only = cpu_only
         self.first_token = first_token
         self._lock = new_lock()
-        self._tables: weakref.WeakKeyDictionary[PreparedPart, _Table] = weakref.WeakKeyDictionary()
+        self._tables: weakref.WeakKeyDictionary[PreparedPart, Counts] = weakref.WeakKeyDictionary()
         self.since = _now()
 
     def counts_on(self, device: torch.device) -> bool:
         """Whether calls on `device` are counted."""
         return not self.cpu_only or device.type == "cpu"
 
-    def record(self, part: PreparedPart, fired: torch.Tensor, route: Route) -> None:
-        """fired `[B, T, N]` (or `[B·T, N]`) bool: which of the part's neurons fired (N = 1: where its gate was open).
+    def record(self, part: PreparedPart, fired: torch.Tensor, lead: Sequence[int], neurons: int, route: Route) -> None:
+        """fired `[K, 2]` int64: the pairs (token, neuron) of the part that fired (neuron 0: where a delta's gate was open).
 
-        route: of the call. Tensors that only stand for others (while a model is traced) count nothing. On an accelerator nothing
-        waits for the result.
+        lead: the axes that tokens are counted over, `(B, T)` or `(B·T,)`. neurons: how many the part has (1 for a delta). route: of
+        the call. Tensors that only stand for others (while a model is traced) count nothing. On an accelerator this waits for it.
         """
-        if type(fired) is not torch.Tensor or fired.is_meta or not fired.numel():
+        tokens = math.prod(lead)
+        if type(fired) is not torch.Tensor or fired.is_meta or not tokens or not neurons:
             return
-        if fired.ndim == 3 and part.point.site in self.first_token:
-            fired = fired[:, :1]
-        items = fired.shape[0]
-        if fired.ndim == 2 and route.batch and items % route.batch == 0:
+        items = lead[0]
+        if len(lead) == 1 and route.batch and items % route.batch == 0:
             items = route.batch  # a model that flattens its tokens
+        token, neuron = fired.cpu().numpy().T
+        of_item = tokens // items
+        if len(lead) == 2 and part.point.site in self.first_token:
+            first = token % of_item == 0
+            token, neuron = token[first], neuron[first]
+        # An item counts once for a neuron, however many of its tokens made it fire.
+        item, neuron = np.divmod(np.unique(token // of_item * neurons + neuron), neurons)
         languages, codes = _languages(route, items)
-        count = _count_on_cpu if fired.device.type == "cpu" else _count_on_device
-        counts = count(fired.reshape(items, -1, fired.shape[-1]), codes, len(languages))
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock:
             table = self._tables.setdefault(part, {})
-            for language, row in zip(languages, counts, strict=True):
-                known = (language, fired.device) in table or len(table) < LANGUAGES_AT_MOST
-                key = (language if known else OTHERS, fired.device)
-                if key in table:
-                    table[key] += row
-                else:
-                    table[key] = _copy(row)
+            for code, language in enumerate(languages):
+                key = language if language in table or len(table) < LANGUAGES_AT_MOST else OTHERS
+                counts = table.setdefault(key, np.zeros(neurons, dtype=np.int64))
+                counts += np.bincount(neuron if codes is None else neuron[codes[item] == code], minlength=neurons)
 
     def total(self, part: PreparedPart) -> int:
         """(input, neuron) pairs, or inputs the gate of a delta opened for, in all languages."""
@@ -97,15 +97,15 @@ class Firings:
     def take(self, parts: Iterable[PreparedPart], *, reset: bool = False) -> list[Counts]:
         """The counts of each part at one moment, in their order; `reset` starts all parts again from zero at that moment."""
         with self._lock:
-            tables = [{key: _copy(row) for key, row in self._tables.get(part, {}).items()} for part in parts]
+            tables = [{key: row.copy() for key, row in self._tables.get(part, {}).items()} for part in parts]
             if reset:
                 self._tables = weakref.WeakKeyDictionary()
                 self.since = _now()
-        return [_on_cpu(table) for table in tables]
+        return tables
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
-            tables = [(part, {key: _copy(row) for key, row in table.items()}) for part, table in self._tables.items()]
+            tables = [(part, {key: row.copy() for key, row in table.items()}) for part, table in self._tables.items()]
         kept = {key: vars(self)[key] for key in ("since", "cpu_only", "first_token")}
         return {"tables": tables, **kept}
 
@@ -129,7 +129,7 @@ def first_token_sites(model: nn.Module) -> frozenset[str]:
     return frozenset((head.site.name, head.site.up, head.site.down)) if head.reads == "first" else frozenset()
 
 
-def _languages(route: Route, items: int) -> tuple[list[str], list[int] | None]:
+def _languages(route: Route, items: int) -> tuple[list[str], np.ndarray | None]:
     """The languages of a call, and for each of its inputs the index of its own; None where all have one language."""
     if route.languages is None or isinstance(route.languages, str):
         return [route.languages or UNKNOWN], None
@@ -138,43 +138,7 @@ def _languages(route: Route, items: int) -> tuple[list[str], list[int] | None]:
     each = items // len(route.languages)  # beams and returned sequences follow their row
     index: dict[str, int] = {}
     codes = [index.setdefault(language or UNKNOWN, len(index)) for language in route.languages for _ in range(each)]
-    return list(index), codes if len(index) > 1 else None
-
-
-def _count_on_cpu(fired: torch.Tensor, codes: list[int] | None, languages: int) -> np.ndarray:
-    """fired `[B, T, N]` -> `[languages, N]` int64. Neurons seldom fire: finding those that did is quicker than any sum."""
-    items, tokens, neurons = fired.shape
-    counts = np.zeros((languages, neurons), dtype=np.int64)
-    of_item = np.zeros(items, dtype=np.int64) if codes is None else np.array(codes)
-    step = max(1, _AT_ONCE // (tokens * neurons))
-    for start in range(0, items, step):
-        some = fired[start : start + step].numpy()
-        token, neuron = np.divmod(np.flatnonzero(some), neurons)
-        seen = np.bincount(token // tokens * neurons + neuron, minlength=len(some) * neurons) > 0
-        item, neuron = np.divmod(np.flatnonzero(seen), neurons)
-        where = of_item[start + item] * neurons + neuron
-        counts += np.bincount(where, minlength=counts.size).reshape(counts.shape)
-    return counts
-
-
-def _count_on_device(fired: torch.Tensor, codes: list[int] | None, languages: int) -> torch.Tensor:
-    by_item = fired.any(1)
-    if codes is None:
-        return by_item.sum(0, keepdim=True)
-    counts = torch.zeros(languages, fired.shape[-1], dtype=torch.int64, device=fired.device)
-    return counts.index_add_(0, torch.tensor(codes, device=fired.device), by_item.long())
-
-
-def _copy(row: Any) -> Any:
-    return row.copy() if isinstance(row, np.ndarray) else row.clone()
-
-
-def _on_cpu(table: Mapping[tuple[str, torch.device], Any]) -> Counts:
-    counts: Counts = {}
-    for (language, _), row in table.items():
-        plain = row if isinstance(row, np.ndarray) else row.cpu().numpy()
-        counts[language] = counts[language] + plain if language in counts else plain
-    return counts
+    return list(index), np.array(codes) if len(index) > 1 else None
 
 
 def _now() -> str:

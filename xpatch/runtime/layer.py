@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from xpatch.ops import ball, dense, in_torch_func, lowrank, mask, patch_ffn, patch_ffn_fired
-from xpatch.patches.types import Gate, LowRankDelta, PatchNeurons
+from xpatch.patches.types import DenseDelta, Gate, LowRankDelta, PatchNeurons
 from xpatch.runtime.firings import Firings
 from xpatch.runtime.routing import Route, spread
 from xpatch.runtime.runs import DeltaRun, chosen
@@ -58,23 +58,16 @@ def _delta(
     """One part's own `[..., D_out]`: masked, computed, masked, gated (on the part's unmasked input)."""
     tensors = part.tensors.on(x.device, x.dtype)
     language = _language(part, x, route)
-    entered = _entering(tensors, x, language)
-    fired: torch.Tensor | None = None
     if isinstance(part.part, PatchNeurons):
-        arguments = (entered, tensors["keys"], tensors["bias"], tensors["values"], part.part.activation)
-        if firings is None:
-            delta = patch_ffn(*arguments)
-        else:
-            delta, fired = patch_ffn_fired(*arguments)
-    elif isinstance(part.part, LowRankDelta):
-        delta = lowrank(entered, tensors["down"], tensors["up"])
+        delta, fired = _neurons(part.part, tensors, x, language, firings is not None)
     else:
-        delta = dense(entered, tensors["weight"], tensors.get("bias"))
-    if language is not None:
-        delta = mask(delta, tensors["mask_outer"], language)
+        delta, fired = _linear(part.part, tensors, _entering(tensors, x, language)), None
+        if language is not None:
+            delta = mask(delta, tensors["mask_outer"], language)
     opened = None if part.gate is None else _opened(part.gate, x, delta, tensors)
     if firings is not None and (fired is not None or opened is not None):
-        firings.record(part, _acting(fired, opened, here), route)
+        count = tensors["keys"].shape[0] if fired is not None else 1
+        firings.record(part, _acting(fired, x.shape[:-1], opened, here), x.shape[:-1], count, route)
     return delta if opened is None else torch.where(opened, delta, 0)
 
 
@@ -88,6 +81,21 @@ def _together(
     rows = torch.tensor(keep, device=x.device)
     here = None if np.all(np.any(keep, axis=-1)) else _column(rows.any(-1), y)
     return lowrank(x, joined.down, joined.up, joined.offsets, rows if rows.ndim == 1 else spread(rows, x)), here
+
+
+def _neurons(
+    part: PatchNeurons, tensors: dict[str, torch.Tensor], x: torch.Tensor, language: torch.Tensor | None, count: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the neurons add, masks included, and the (row, neuron) pairs that fired where they are to be counted."""
+    masks = (None, None, None) if language is None else (tensors["mask_inner"], tensors["mask_outer"], language)
+    neurons = (tensors["keys"], tensors["bias"], tensors["values"], part.activation, tensors.get("packed"))
+    return patch_ffn_fired(x, *neurons, *masks) if count else (patch_ffn(x, *neurons, *masks), None)
+
+
+def _linear(part: LowRankDelta | DenseDelta, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    if isinstance(part, LowRankDelta):
+        return lowrank(x, tensors["down"], tensors["up"])
+    return dense(x, tensors["weight"], tensors.get("bias"))
 
 
 def scores(part: PreparedPart, x: torch.Tensor, route: Route) -> torch.Tensor:
@@ -111,13 +119,20 @@ def _opened(gate: Gate, x: torch.Tensor, delta: torch.Tensor, tensors: dict[str,
     return torch.linalg.vector_norm(delta, dim=-1, keepdim=True) >= (gate.threshold or 0.0)
 
 
-def _acting(fired: torch.Tensor | None, opened: torch.Tensor | None, here: torch.Tensor | None) -> torch.Tensor:
-    """`[..., N]` bool (`[..., 1]` for a delta): what fired, on rows that get the part and that its gate lets through."""
-    given = [condition for condition in (fired, opened, here) if condition is not None]
-    acting = given[0]
-    for condition in given[1:]:
-        acting = acting & condition
-    return acting
+def _acting(
+    fired: torch.Tensor | None, lead: torch.Size, opened: torch.Tensor | None, here: torch.Tensor | None
+) -> torch.Tensor:
+    """`[K, 2]` int64 (row, neuron): what fired on rows that get the part and that its gate lets through.
+
+    fired: `[K, 2]`, or None for a delta, which acts as one neuron where its gate is open. lead: x's leading axes.
+    """
+    given = [condition.expand(*lead, 1).reshape(-1) for condition in (opened, here) if condition is not None]
+    if fired is None:
+        rows = torch.stack(given).all(0).nonzero()
+        return torch.cat((rows, torch.zeros_like(rows)), dim=1)
+    for condition in given:
+        fired = fired[condition[fired[:, 0]]]
+    return fired
 
 
 def _language(part: PreparedPart, x: torch.Tensor, route: Route) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from xpatch.errors import MismatchError
 from xpatch.models.anatomy import FFNSite, ffn_site, find_ffn_sites, linear
+from xpatch.ops import pack_keys
 from xpatch.patches.types import Gate, Part, PatchNeurons, PatchSet
 from xpatch.runtime.runs import DeltaRun, steps_of
 
@@ -26,10 +27,14 @@ class Point:
 
 
 class Tensors:
-    """A part's tensors, cast once per device and dtype. What is handed out is never written to."""
+    """A part's tensors, cast once per device and dtype. What is handed out is never written to.
 
-    def __init__(self, masters: Mapping[str, torch.Tensor]) -> None:
+    activation: of patch neurons, whose keys are also packed for screening (`packed`, where the native kernel can use them).
+    """
+
+    def __init__(self, masters: Mapping[str, torch.Tensor], activation: str | None = None) -> None:
         self._masters = dict(masters)
+        self._activation = activation
         self._cast: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
 
     def on(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -42,6 +47,9 @@ class Tensors:
                     name: tensor.detach().to(device=device, dtype=dtype).contiguous()
                     for name, tensor in self._masters.items()
                 }
+                packed = self._activation and pack_keys(cast["keys"], cast["bias"], self._activation)
+                if isinstance(packed, torch.Tensor):
+                    cast["packed"] = packed
             self._cast[(device, dtype)] = cast
         return cast
 
@@ -50,7 +58,7 @@ class Tensors:
         return list(self._cast)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_masters": self._masters, "_cast": {}}
+        return {**vars(self), "_cast": {}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +170,15 @@ def _prepare_part(model: nn.Module, patches: PatchSet, set_name: str, name: str,
         tensors["mask_outer"] = torch.cat([mask.outer, torch.ones_like(mask.outer[:1])])
     if gate is not None:
         tensors |= {f"gate_{key}": tensor for key, tensor in gate.tensors.items()}
-    prepared = PreparedPart(set_name, name, part, point, gate, mask.languages if mask else None, Tensors(tensors))
+    prepared = PreparedPart(
+        set_name,
+        name,
+        part,
+        point,
+        gate,
+        mask.languages if mask else None,
+        Tensors(tensors, getattr(part, "activation", None)),
+    )
     weight = next(model.get_submodule(point.adds).parameters(), None)
     if weight is not None and weight.device.type != "meta":
         prepared.tensors.on(weight.device, compute_dtype(weight.dtype))

@@ -121,7 +121,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, masks, language = ctx.saved_tensors
-    return (*reference.mask_backward(grad, x, masks, language.long(), tuple(ctx.needs_input_grad[:2])), None)
+    language = language.long()
+    grad_x = mask(grad, masks, language) if ctx.needs_input_grad[0] else None
+    grad_masks = reference.sum_by_language(grad * x, language, masks) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_masks, None
 
 
 implement("mask", _run, _fake)

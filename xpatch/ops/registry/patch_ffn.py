@@ -1,7 +1,7 @@
-"""Registers ``xpatch::patch_ffn`` and ``xpatch::patch_ffn_fired`` with torch: schema, fake, kernels per device, autograd.
+"""``xpatch::patch_ffn`` and ``xpatch::patch_ffn_fired``: schema, fake, kernels per device, autograd.
 
-The ops are opaque to ``torch.compile`` and ``torch.export`` and differentiable through the formulas of
-:mod:`xpatch.ops.reference`.
+Both are opaque to ``torch.compile`` and ``torch.export`` and differentiable through the formulas of :mod:`xpatch.ops.reference`.
+On the CPU the native kernel runs where the keys come packed; everything else is the framework's matmuls.
 """
 
 from __future__ import annotations
@@ -14,13 +14,29 @@ from torch import Tensor
 from xpatch.ops import native, reference
 from xpatch.ops.registry.library import call_native, define, dense_rows, implement, in_torch_func, library, refuse
 
-_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
+CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
-for _name, _result in (("patch_ffn", "Tensor"), ("patch_ffn_fired", "(Tensor, Tensor)")):
-    define(f"{_name}(Tensor x, Tensor keys, Tensor bias, Tensor values, str activation) -> {_result}")
+_ARGUMENTS = (
+    "Tensor x, Tensor keys, Tensor bias, Tensor values, str activation, Tensor? packed=None, Tensor? mask_inner=None, "
+    "Tensor? mask_outer=None, Tensor? language=None"
+)
+define(f"patch_ffn({_ARGUMENTS}) -> Tensor")
+define(f"patch_ffn_fired({_ARGUMENTS}) -> (Tensor, Tensor)")
+
+_Masks = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def patch_ffn(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> Tensor:
+def patch_ffn(
+    x: Tensor,
+    keys: Tensor,
+    bias: Tensor,
+    values: Tensor,
+    activation: str,
+    packed: Tensor | None = None,
+    mask_inner: Tensor | None = None,
+    mask_outer: Tensor | None = None,
+    language: Tensor | None = None,
+) -> Tensor:
     """What N patch neurons add beside an FFN: ``act(x keysᵀ + bias) values``.
 
     Args:
@@ -29,41 +45,71 @@ def patch_ffn(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation:
         bias: ``[N]``.
         values: ``[N, V]``, finite; V is D again for a neuron beside a whole FFN.
         activation: ``relu``, ``gelu``, ``gelu_tanh`` (``gelu_new``), ``silu`` or ``identity``.
+        packed: ``[bytes]`` uint8 from :func:`pack_keys` of the same keys, bias and activation, on the CPU. With it the native kernel
+            screens the neurons in int8 and computes in fp32 only those that may not be silent.
+        mask_inner, mask_outer, language: language masks ``[L, D]`` and ``[L, V]`` (either may be None) and, over x's first axes, the
+            row of both that each input uses (int64): ``mask_outer[l] ⊙ (act((mask_inner[l] ⊙ x) keysᵀ + bias) values)``.
 
-    All tensors share one floating dtype and one device; no memory layout is required. N, or the number of rows, may be
-    0. On the native CPU path the sums are fp32 for every dtype, the result is bit-identical for any number of threads
-    (``torch.get_num_threads()``), and a silent relu neuron's value row is not read.
+    All tensors share one floating dtype and one device; no memory layout is required (inner strides are copied). N, or the number
+    of rows, may be 0. On the native CPU path the sums are fp32 for every dtype, and the result has the bits of computing every
+    neuron in fp32, whatever the number of threads (``torch.get_num_threads()``). Where many neurons survive the screening the
+    framework's matmuls run instead: a result then agrees to fp32 rounding.
 
     Returns:
         ``[..., V]``, same dtype and device, contiguous.
 
     Raises:
-        MismatchError: shapes, dtypes or devices do not fit together, or the activation is unknown.
-        BackendError: the native build was asked for (``XPATCH_BACKEND=native``) and is missing or failed.
+        MismatchError: shapes, dtypes or devices do not fit together, a language is not in the masks, or the activation is unknown.
+        BackendError: the native build was asked for (``XPATCH_BACKEND=native``) and is missing or failed; or ``packed`` was made from
+            keys of another shape.
     """
+    arguments = (x, keys, bias, values, activation, packed, mask_inner, mask_outer, language)
     if in_torch_func():
-        return reference.patch_ffn(x, keys, bias, values, _check(x, keys, bias, values, activation))
-    return torch.ops.xpatch.patch_ffn(x, keys, bias, values, activation)
+        return reference.patch_ffn(*arguments[:4], _check(*arguments), mask_inner, mask_outer, language)
+    return torch.ops.xpatch.patch_ffn(*arguments)
 
 
-def patch_ffn_fired(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """:func:`patch_ffn`, and which neurons fired: those whose score ``x keysᵀ + bias`` is above zero.
+def patch_ffn_fired(
+    x: Tensor,
+    keys: Tensor,
+    bias: Tensor,
+    values: Tensor,
+    activation: str,
+    packed: Tensor | None = None,
+    mask_inner: Tensor | None = None,
+    mask_outer: Tensor | None = None,
+    language: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`patch_ffn`, and which neurons fired: those whose score is above zero.
 
     The scores are computed once for both. Arguments and errors as for :func:`patch_ffn`.
 
     Returns:
-        ``[..., V]``, bit for bit what :func:`patch_ffn` returns, and ``[..., N]`` bool, contiguous, without a gradient.
+        ``[..., V]``, bit for bit what :func:`patch_ffn` returns, and ``[K, 2]`` int64: (row, neuron) of the K pairs that fired, in
+        ascending order, rows counted over all leading axes of x; without a gradient.
     """
+    arguments = (x, keys, bias, values, activation, packed, mask_inner, mask_outer, language)
     if in_torch_func():
-        return reference.patch_ffn_fired(x, keys, bias, values, _check(x, keys, bias, values, activation))
-    return torch.ops.xpatch.patch_ffn_fired(x, keys, bias, values, activation)
+        return reference.patch_ffn_fired(*arguments[:4], _check(*arguments), mask_inner, mask_outer, language)
+    return torch.ops.xpatch.patch_ffn_fired(*arguments)
 
 
-def _check(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> str:
+def _check(
+    x: Tensor,
+    keys: Tensor,
+    bias: Tensor,
+    values: Tensor,
+    activation: str,
+    packed: Tensor | None = None,
+    mask_inner: Tensor | None = None,
+    mask_outer: Tensor | None = None,
+    language: Tensor | None = None,
+) -> str:
     """The canonical activation, after checking that everything fits."""
 
     def misfit(expected: str) -> Exception:
-        return refuse("patch_ffn", expected, x=x, keys=keys, bias=bias, values=values)
+        masks = {"mask_inner": mask_inner, "mask_outer": mask_outer, "language": language}
+        return refuse("patch_ffn", expected, x=x, keys=keys, bias=bias, values=values, packed=packed, **masks)
 
     if x.ndim < 1 or keys.ndim != 2 or bias.ndim != 1 or values.ndim != 2:
         raise misfit("x [..., D], keys [N, D], bias [N], values [N, V]")
@@ -71,68 +117,147 @@ def _check(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: st
         raise misfit("the width of x and keys to be equal (D)")
     if bias.shape[0] != keys.shape[0] or values.shape[0] != keys.shape[0]:
         raise misfit("keys, bias and values to hold the same number of neurons (N)")
-    if not x.dtype.is_floating_point or not (x.dtype == keys.dtype == bias.dtype == values.dtype):
+    masks = [mask for mask in (mask_inner, mask_outer) if mask is not None]
+    if not x.dtype.is_floating_point or any(t.dtype != x.dtype for t in (keys, bias, values, *masks)):
         raise misfit("one floating dtype for all")
-    if not (x.device == keys.device == bias.device == values.device):
+    others = [t for t in (keys, bias, values, language, *masks) if t is not None]
+    if any(t.device != x.device for t in others):
         raise misfit("one device for all")
+    if packed is not None and (
+        packed.dtype != torch.uint8 or packed.ndim != 1 or packed.device.type not in ("cpu", "meta")
+    ):
+        raise misfit("packed to be the 1-D uint8 CPU tensor that xpatch.ops.pack_keys returns")
+    if masks and language is None:
+        raise misfit("language, an int64 tensor over x's first axes, beside masks")
+    if language is not None:
+        if language.dtype != torch.int64 or language.shape != x.shape[: language.ndim] or language.ndim >= x.ndim:
+            raise misfit("language to be int64 over x's first axes")
+        if any(mask.ndim != 2 or mask.shape[0] != masks[0].shape[0] for mask in masks):
+            raise misfit("mask_inner [L, D] and mask_outer [L, V] of the same languages")
+        if mask_inner is not None and mask_inner.shape[1] != x.shape[-1]:
+            raise misfit("mask_inner [L, D] with the width of x")
+        if mask_outer is not None and mask_outer.shape[1] != values.shape[1]:
+            raise misfit("mask_outer [L, V] with the width of values")
     return reference.canonical_activation(activation)
 
 
-def _run_native(
-    x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str, fired: Tensor | None = None
-) -> Tensor:
+def _runs_native(x: Tensor, packed: Tensor | None) -> bool:
+    """On the CPU the kernel needs packed keys; what has none is dense work, and that stays with the framework."""
+    if native.backend_for(x.device.type, x.dtype) != "native":
+        return False
+    return packed is not None if x.device.type == "cpu" else True
+
+
+def native_call(
+    x: Tensor,
+    keys: Tensor,
+    bias: Tensor,
+    values: Tensor,
+    activation: str,
+    packed: Tensor | None,
+    masks: _Masks,
+    *,
+    always: bool = False,
+    want_fired: bool = False,
+) -> tuple[Tensor, Any]:
+    """The native kernel on checked arguments: the output and, on the CPU, (too_many, pairs, survivors, fired as bytes).
+
+    always: do not give up where many neurons survive.
+    """
     rows, keys, values = dense_rows(x.reshape(-1, x.shape[-1])), dense_rows(keys), dense_rows(values)
     bias = bias.contiguous()
+    mask_inner, mask_outer, language = (None if t is None else t.contiguous() for t in masks)
+    if language is not None:  # one index a row
+        language = (
+            language.reshape(*language.shape, *[1] * (x.ndim - 1 - language.ndim)).expand(x.shape[:-1]).contiguous()
+        )
+    languages = next((mask.shape[0] for mask in (mask_inner, mask_outer) if mask is not None), 0)
     out = x.new_empty((*x.shape[:-1], values.shape[1]))
-    call_native(
+    tensors = (rows, keys, bias, values, out, mask_inner, mask_outer, language)
+    extra: tuple[Any, ...] = ()
+    if packed is not None:
+        packed = packed.contiguous()
+        extra = (packed.data_ptr(), packed.numel(), always, want_fired)
+    result = call_native(
         "patch_ffn",
         x.device,
-        *(t.data_ptr() for t in (rows, keys, bias, values, out)),
-        0 if fired is None else fired.data_ptr(),
-        *(rows.shape[0], rows.shape[1], keys.shape[0], values.shape[1]),
+        *(0 if t is None else t.data_ptr() for t in tensors),
+        *(rows.shape[0], rows.shape[1], keys.shape[0], values.shape[1], languages),
         *(rows.stride(0), keys.stride(0), values.stride(0)),
         native.DTYPE_CODES[x.dtype],
-        _CODES[activation],
+        CODES[activation],
+        *extra,
     )
-    return out
+    return out, result
 
 
-def _run(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> Tensor:
-    activation = _check(x, keys, bias, values, activation)
-    if native.backend_for(x.device.type, x.dtype) == "native":
-        return _run_native(x, keys, bias, values, activation)
-    return reference.patch_ffn(x, keys, bias, values, activation)
+def _run(
+    x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str, packed: Tensor | None = None, *masks: Any
+) -> Tensor:
+    mask_inner, mask_outer, language = (*masks, None, None, None)[:3]
+    activation = _check(x, keys, bias, values, activation, packed, mask_inner, mask_outer, language)
+    if _runs_native(x, packed):
+        chosen = packed if x.device.type == "cpu" else None
+        out, result = native_call(x, keys, bias, values, activation, chosen, (mask_inner, mask_outer, language))
+        if result is None or not result[0]:
+            return out
+    return reference.patch_ffn(x, keys, bias, values, activation, mask_inner, mask_outer, language)
 
 
-def _run_fired(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    activation = _check(x, keys, bias, values, activation)
-    if native.backend_for(x.device.type, x.dtype) == "native":
-        fired = x.new_empty((*x.shape[:-1], keys.shape[0]), dtype=torch.bool)
-        return _run_native(x, keys, bias, values, activation, fired), fired
-    return reference.patch_ffn_fired(x, keys, bias, values, activation)
+def _run_fired(
+    x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str, packed: Tensor | None = None, *masks: Any
+) -> tuple[Tensor, Tensor]:
+    mask_inner, mask_outer, language = (*masks, None, None, None)[:3]
+    activation = _check(x, keys, bias, values, activation, packed, mask_inner, mask_outer, language)
+    if x.device.type == "cpu" and _runs_native(x, packed):
+        masks = (mask_inner, mask_outer, language)
+        out, (too_many, _, _, fired) = native_call(x, keys, bias, values, activation, packed, masks, want_fired=True)
+        if not too_many:
+            pairs = (
+                torch.frombuffer(bytearray(fired), dtype=torch.int64) if fired else torch.empty(0, dtype=torch.int64)
+            )
+            return out, pairs.view(-1, 2)
+    return reference.patch_ffn_fired(x, keys, bias, values, activation, mask_inner, mask_outer, language)
 
 
-def _fake(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> Tensor:
-    _check(x, keys, bias, values, activation)
+def _fake(*arguments: Any) -> Tensor:
+    _check(*arguments)
+    x, _, _, values, *_ = arguments
     return x.new_empty((*x.shape[:-1], values.shape[1]))
 
 
-def _fake_fired(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    out = _fake(x, keys, bias, values, activation)
-    return out, x.new_empty((*x.shape[:-1], keys.shape[0]), dtype=torch.bool)
+def _fake_fired(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out = _fake(*arguments)
+    pairs = torch.library.get_ctx().new_dynamic_size()
+    return out, out.new_empty((pairs, 2), dtype=torch.int64)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
+    x, keys, bias, values, ctx.activation, _, mask_inner, mask_outer, language = inputs
+    ctx.save_for_backward(x, keys, bias, values, mask_inner, mask_outer, language)
     if isinstance(output, tuple):
         ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, keys, bias, values = ctx.saved_tensors
-    needed = tuple(ctx.needs_input_grad[:4])
-    return (*reference.patch_ffn_backward(grad, x, keys, bias, values, ctx.activation, needed), None)
+    x, keys, bias, values, mask_inner, mask_outer, language = ctx.saved_tensors
+    given = len(ctx.needs_input_grad)  # torch leaves out trailing arguments that have their default
+    needed = (*ctx.needs_input_grad, *[False] * 9)[:9]
+    inner = None if mask_inner is None else reference.spread_mask(mask_inner, language, x)
+    outer = None if mask_outer is None else reference.spread_mask(mask_outer, language, grad)
+    masked = x if inner is None else x * inner
+    before = grad if outer is None else grad * outer
+    wants = (needed[0] or needed[6], needed[1], needed[2], needed[3])
+    grad_x, *others = reference.patch_ffn_backward(before, masked, keys, bias, values, ctx.activation, wants)
+    grad_inner = grad_outer = None
+    if needed[6] and grad_x is not None:
+        grad_inner = reference.sum_by_language(grad_x * x, language, mask_inner)
+    if needed[7]:
+        plain = reference.patch_ffn(masked, keys, bias, values, ctx.activation)
+        grad_outer = reference.sum_by_language(grad * plain, language, mask_outer)
+    if grad_x is not None and inner is not None:
+        grad_x = grad_x * inner
+    return (grad_x if needed[0] else None, *others, None, None, grad_inner, grad_outer, None)[:given]
 
 
 for _name, _kernel, _shapes in (("patch_ffn", _run, _fake), ("patch_ffn_fired", _run_fired, _fake_fired)):

@@ -1,0 +1,76 @@
+// Screening: which neurons may reach their activation's cut-off for a row, decided in int8 with a proven bound.
+//
+// A key and a row are rotated (a fixed orthogonal map that spreads outlier coordinates) and rounded to bytes. The int8
+// dot product, plus a bound on everything that rounding may have done, is an upper bound of the fp32 score; a neuron is
+// passed over only when that bound is certainly below the cut-off, where the activation is exactly 0. PROOF.md derives
+// it. What survives is for the caller to compute exactly.
+#pragma once
+
+#include <cstdint>
+
+#include "core/activation.h"
+#include "core/dtype.h"
+#include "core/isa.h"
+
+namespace xpatch {
+
+constexpr int64_t kGroup = 16;                // keys that lie side by side
+constexpr int64_t kStepBytes = 4 * kGroup;    // four coordinates of each
+constexpr int64_t kMaxScreenedWidth = 32768;  // sums of 255 * 127 * D fit 32 bits
+
+// A view of packed keys (pack.cpp writes them).
+//
+// Per group of 16 keys: [steps][16][4] bytes of the rotated, scaled, rounded keys with 128 added, then three rows of 16
+// floats: a >= |k8|, b >= |k - k8| and all fp32 rounding, c >= (bias - cut) in the key's scale. A key that cannot be
+// screened (not finite, or of extreme size) has a = b = 0, c = inf and survives always; lanes beyond N have c = -max.
+struct PackedKeys {
+  const uint8_t* groups = nullptr;
+  int64_t N = 0, D = 0;
+  int64_t count = 0;   // groups
+  int64_t steps = 0;   // of four coordinates
+  int64_t stride = 0;  // bytes from one group to the next
+  Activation activation = Activation::relu;
+};
+
+// Below this score the activation is exactly 0 in fp32; -inf where there is no such score (PROOF.md, section 5).
+float cut_off(Activation activation);
+
+bool can_screen(Activation activation, int64_t D);
+
+// Bytes that pack_keys writes.
+int64_t packed_bytes(int64_t N, int64_t D);
+
+// keys[N,D] with row stride `keys_stride` and bias[N], both `dtype`. Throws Error where can_screen is false.
+void pack_keys(const void* keys, int64_t keys_stride, const void* bias, DType dtype, int64_t N, int64_t D,
+               Activation activation, uint8_t* packed, int threads);
+
+// Throws Error unless the bytes are what pack_keys wrote for these sizes and this activation.
+PackedKeys read_packed(const uint8_t* packed, int64_t bytes, int64_t N, int64_t D, Activation activation);
+
+// A rounded row: row * scale = bytes + error, up to fp32 rounding that `norm` bounds through the keys' b.
+struct RowBound {
+  float scale = 1.0f;
+  float error = 0.0f;  // >= |row * scale - bytes|
+  float norm = 0.0f;   // >= |row * scale|
+  int32_t sum = 0;     // of the bytes
+  bool odd = false;    // not finite or of extreme size: cannot be screened
+};
+
+// int8 multiply-adds a second of nothing but dot products in registers, all threads together.
+double int8_peak(int threads);
+
+// The kernels of one instruction set (screen_cpu.cpp, compiled once for each).
+struct ScreenKernels {
+  // row[D] -> bytes[4 * steps] and its bound; `work` has room for D floats.
+  void (*quantise)(const float* row, int64_t D, float* work, int8_t* bytes, RowBound* bound);
+  // masks[count][rows]: bit i is set where neuron 16 * group + i may reach the cut-off. Returns the number of set bits.
+  // Rows' bytes are `4 * steps` apart.
+  int64_t (*screen)(const int8_t* bytes, const RowBound* bounds, int64_t rows, const uint8_t* groups, int64_t stride,
+                    int64_t steps, int64_t count, uint16_t* masks);
+  // int8 multiply-adds done in `rounds` rounds of nothing but dot products in registers, to measure the peak.
+  int64_t (*peak)(int64_t rounds, int32_t* sink);
+};
+
+XPATCH_DECLARE_KERNELS(ScreenKernels, screen_kernels)
+
+}  // namespace xpatch

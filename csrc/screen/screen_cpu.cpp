@@ -1,0 +1,274 @@
+// The screening kernels, compiled once per instruction set (see core/simd.h).
+#include <cmath>
+
+#include "core/int8.h"
+#include "core/simd.h"
+#include "screen/screen.h"
+
+namespace xpatch {
+namespace XPATCH_ISA {
+namespace {
+
+constexpr int W = Vec::width;
+constexpr float kUnit = 0x1.0p-24f;  // half an ulp of 1
+constexpr float kLeast = 0x1.0p-100f, kMost = 0x1.0p100f;
+
+// --- The rotation: random signs, then Walsh-Hadamard transforms of 4^j coordinates ---------------------------------
+
+void flip_signs(const float* row, int64_t D, float* out) {
+  for (int64_t d = 0; d < D; ++d) {
+    uint32_t hash = static_cast<uint32_t>(d) * 0x9E3779B1u;
+    hash = (hash ^ (hash >> 15)) * 0x85EBCA77u;
+    uint32_t bits;
+    std::memcpy(&bits, row + d, sizeof bits);
+    bits ^= hash & 0x80000000u;
+    std::memcpy(out + d, &bits, sizeof bits);
+  }
+}
+
+#if defined(__AVX512F__)
+inline void hadamard16(float* v) {
+  __m512 a = _mm512_loadu_ps(v);
+  const auto signs = [](__mmask16 minus) {
+    return _mm512_mask_sub_ps(_mm512_set1_ps(1.0f), minus, _mm512_setzero_ps(), _mm512_set1_ps(1.0f));
+  };
+  a = _mm512_fmadd_ps(a, signs(0xAAAA), _mm512_permute_ps(a, 0xB1));
+  a = _mm512_fmadd_ps(a, signs(0xCCCC), _mm512_permute_ps(a, 0x4E));
+  a = _mm512_fmadd_ps(a, signs(0xF0F0), _mm512_shuffle_f32x4(a, a, 0xB1));
+  a = _mm512_fmadd_ps(a, signs(0xFF00), _mm512_shuffle_f32x4(a, a, 0x4E));
+  _mm512_storeu_ps(v, a);
+}
+#else
+inline void hadamard16(float* v) {
+  for (int half = 1; half < 16; half *= 2) {
+    for (int i = 0; i < 16; i += 2 * half) {
+      for (int j = i; j < i + half; ++j) {
+        const float a = v[j], b = v[j + half];
+        v[j] = a + b;
+        v[j + half] = a - b;
+      }
+    }
+  }
+}
+#endif
+
+// Orthogonal: `size` is 4^j >= 16, so the scale is a power of two and exact.
+void hadamard(float* v, int64_t size) {
+  for (int64_t i = 0; i < size; i += 16) hadamard16(v + i);
+  for (int64_t half = 16; half < size; half *= 2) {
+    for (int64_t i = 0; i < size; i += 2 * half) {
+      for (int64_t j = i; j < i + half; j += W) {
+        const Vec a = load(v + j), b = load(v + j + half);
+        store(v + j, add(a, b));
+        store(v + j + half, subtract(a, b));
+      }
+    }
+  }
+  float scale = 1.0f;
+  for (int64_t part = size; part > 1; part /= 4) scale *= 0.5f;
+  const Vec scales = fill(scale);
+  for (int64_t i = 0; i < size; i += W) store(v + i, multiply(load(v + i), scales));
+}
+
+// Blocks of 256, 64 or 16 coordinates; the last one reaches back over coordinates that were transformed already.
+void rotate(float* v, int64_t D) {
+  const int64_t size = D >= 256 ? 256 : D >= 64 ? 64 : 16;
+  if (D < size) return;
+  for (int64_t i = 0; i + size <= D; i += size) hadamard(v + i, size);
+  if (D % size != 0) hadamard(v + D - size, size);
+}
+
+// --- Rounding to bytes ---------------------------------------------------------------------------------------------
+
+// As integers: NaN and Inf are larger than every number.
+uint32_t largest_bits(const float* v, int64_t D) {
+  uint32_t largest = 0;
+  for (int64_t d = 0; d < D; ++d) {
+    uint32_t bits;
+    std::memcpy(&bits, v + d, sizeof bits);
+    bits &= 0x7FFFFFFFu;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+void quantise(const float* row, int64_t D, float* work, int8_t* bytes, RowBound* bound) {
+  *bound = RowBound();
+  std::memset(bytes, 0, static_cast<size_t>((D + 3) / 4 * 4));
+  flip_signs(row, D, work);
+  const uint32_t before = largest_bits(work, D);
+  if (before == 0) return;
+  rotate(work, D);
+  const uint32_t bits = largest_bits(work, D);
+  float most;
+  std::memcpy(&most, &bits, sizeof most);
+  if (bits >= 0x7F800000u || !(most >= kLeast && most <= kMost)) {
+    bound->odd = true;
+    return;
+  }
+  // 126.9 and not 127, so that rounding `scale` cannot push a byte to 128.
+  const float scale = 126.9f / most;
+  const Vec scales = fill(scale);
+  Vec errors = zero(), squares = zero(), sums = zero();
+  int64_t d = 0;
+  for (; d + W <= D; d += W) {
+    const Vec scaled = multiply(load(work + d), scales);
+    const Vec whole = nearest(scaled);
+    const Vec error = subtract(scaled, whole);
+    errors = multiply_add(error, error, errors);
+    squares = multiply_add(scaled, scaled, squares);
+    sums = add(sums, whole);
+    store_int8(bytes + d, whole);
+  }
+  if (d < D) {
+    const Vec scaled = multiply(load_first(work + d, D - d), scales);
+    const Vec whole = nearest(scaled);
+    const Vec error = subtract(scaled, whole);
+    errors = multiply_add(error, error, errors);
+    squares = multiply_add(scaled, scaled, squares);
+    sums = add(sums, whole);
+    int8_t last[W];
+    store_int8(last, whole);
+    std::memcpy(bytes + d, last, static_cast<size_t>(D - d));
+  }
+  // Each sum of squares is short of the exact one by at most a factor 1 - (D + 2) u; the root halves that.
+  const float inflate = 1.0f + (static_cast<float>(D) + 16.0f) * kUnit;
+  bound->scale = scale;
+  bound->norm = std::sqrt(sum(squares)) * inflate;
+  bound->error = std::sqrt(sum(errors)) * inflate + 4.0f * kUnit * bound->norm;
+  bound->sum = static_cast<int32_t>(sum(sums));
+}
+
+// --- Screening -----------------------------------------------------------------------------------------------------
+
+// acc[r][c] += the dot products of R rows and C groups.
+template <int R, int C>
+inline void dots(const int8_t* bytes, int64_t width, const uint8_t* groups, int64_t stride, int64_t steps,
+                 Lanes (&acc)[R][C]) {
+  for (int64_t s = 0; s < steps; ++s) {
+    KeyBytes keys[C];
+    for (int c = 0; c < C; ++c) keys[c] = load_keys(groups + c * stride + s * kStepBytes);
+    for (int r = 0; r < R; ++r) {
+      const RowBytes row = broadcast(bytes + r * width + 4 * s);
+      for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], keys[c], row);
+    }
+  }
+}
+
+inline int count_bits(uint32_t bits) {
+  bits -= (bits >> 1) & 0x5555u;
+  bits = (bits & 0x3333u) + ((bits >> 2) & 0x3333u);
+  bits = (bits + (bits >> 4)) & 0x0F0Fu;
+  return static_cast<int>((bits + (bits >> 8)) & 0x1Fu);
+}
+
+inline int64_t put_mask(Lanes sums, const uint8_t* group, int64_t steps, const RowBound& bound, uint16_t* mask) {
+  uint32_t bits = 0xFFFF;
+  if (!bound.odd) {
+    bits = not_below_zero(sums, group + steps * kStepBytes, bound.error, bound.norm, bound.scale);
+  }
+  *mask = static_cast<uint16_t>(bits);
+  return bits == 0 ? 0 : count_bits(bits);
+}
+
+template <int R, int C>
+inline int64_t screen_tile(const int8_t* bytes, const RowBound* bounds, const uint8_t* groups, int64_t stride,
+                           int64_t steps, uint16_t* masks, int64_t rows) {
+  Lanes acc[R][C];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) acc[r][c] = all(-kKeyOffset * bounds[r].sum);
+  }
+  dots<R, C>(bytes, 4 * steps, groups, stride, steps, acc);
+  int64_t found = 0;
+  for (int c = 0; c < C; ++c) {
+    for (int r = 0; r < R; ++r) {
+      found += put_mask(acc[r][c], groups + c * stride, steps, bounds[r], masks + c * rows + r);
+    }
+  }
+  return found;
+}
+
+// One row, one group after the other as they lie in memory; four sums at once hide the latency of the adds.
+inline int64_t screen_row(const int8_t* bytes, const RowBound& bound, const uint8_t* group, int64_t steps,
+                          uint16_t* mask) {
+  Lanes acc[4] = {all(-kKeyOffset * bound.sum), all(0), all(0), all(0)};
+  int64_t s = 0;
+  for (; s + 4 <= steps; s += 4) {
+    for (int i = 0; i < 4; ++i) {
+      acc[i] = dot(acc[i], load_keys(group + (s + i) * kStepBytes), broadcast(bytes + 4 * (s + i)));
+    }
+  }
+  for (; s < steps; ++s) acc[0] = dot(acc[0], load_keys(group + s * kStepBytes), broadcast(bytes + 4 * s));
+  return put_mask(add(add(acc[0], acc[1]), add(acc[2], acc[3])), group, steps, bound, mask);
+}
+
+// All rows against C groups.
+template <int C>
+inline int64_t screen_groups(const int8_t* bytes, const RowBound* bounds, int64_t rows, const uint8_t* groups,
+                             int64_t stride, int64_t steps, uint16_t* masks) {
+#if defined(__AVX512VNNI__)
+  constexpr int R = 12;
+#elif defined(__AVX512F__)
+  constexpr int R = 8;
+#else
+  constexpr int R = 4;
+#endif
+  int64_t found = 0, m = 0;
+  const int64_t width = 4 * steps;
+  for (; m + R <= rows; m += R) {
+    found += screen_tile<R, C>(bytes + m * width, bounds + m, groups, stride, steps, masks + m, rows);
+  }
+  for (; m + 4 <= rows; m += 4) {
+    found += screen_tile<4, C>(bytes + m * width, bounds + m, groups, stride, steps, masks + m, rows);
+  }
+  for (; m + 2 <= rows; m += 2) {
+    found += screen_tile<2, C>(bytes + m * width, bounds + m, groups, stride, steps, masks + m, rows);
+  }
+  for (; m < rows; ++m) {
+    for (int c = 0; c < C; ++c) {
+      found += screen_row(bytes + m * width, bounds[m], groups + c * stride, steps, masks + c * rows + m);
+    }
+  }
+  return found;
+}
+
+int64_t screen(const int8_t* bytes, const RowBound* bounds, int64_t rows, const uint8_t* groups, int64_t stride,
+               int64_t steps, int64_t count, uint16_t* masks) {
+#if defined(__AVX512VNNI__)
+  constexpr int C = 2;
+#else
+  constexpr int C = 1;
+#endif
+  int64_t found = 0, g = 0;
+  for (; g + C <= count; g += C) {
+    found += screen_groups<C>(bytes, bounds, rows, groups + g * stride, stride, steps, masks + g * rows);
+  }
+  for (; g < count; ++g) {
+    found += screen_groups<1>(bytes, bounds, rows, groups + g * stride, stride, steps, masks + g * rows);
+  }
+  return found;
+}
+
+int64_t peak(int64_t rounds, int32_t* sink) {
+  constexpr int kSums = 12;
+  uint8_t key_bytes[kStepBytes];
+  int8_t row_bytes[4] = {1, -2, 3, -4};
+  for (int64_t i = 0; i < kStepBytes; ++i) key_bytes[i] = static_cast<uint8_t>(i);
+  Lanes acc[kSums];
+  for (int i = 0; i < kSums; ++i) acc[i] = all(i);
+  const KeyBytes keys = load_keys(key_bytes);
+  for (int64_t round = 0; round < rounds; ++round) {
+    const RowBytes row = broadcast(row_bytes);
+    for (int i = 0; i < kSums; ++i) acc[i] = dot(acc[i], keys, row);
+  }
+  for (int i = 1; i < kSums; ++i) acc[0] = add(acc[0], acc[i]);
+  std::memcpy(sink, &acc[0], sizeof *sink);
+  return rounds * kSums * kStepBytes;
+}
+
+}  // namespace
+
+const ScreenKernels screen_kernels = {quantise, screen, peak};
+
+}  // namespace XPATCH_ISA
+}  // namespace xpatch

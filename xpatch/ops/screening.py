@@ -1,0 +1,69 @@
+"""Keys packed for the native kernel's screening, and what the screening finds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xpatch.errors import MismatchError
+from xpatch.ops import native, reference
+from xpatch.ops.registry.library import call_native, dense_rows, refuse
+from xpatch.ops.registry.patch_ffn import CODES, _check, native_call
+
+
+def pack_keys(keys: Tensor, bias: Tensor, activation: str) -> Tensor | None:
+    """The keys as :func:`xpatch.ops.patch_ffn` screens them: int8, with what bounds their rounding (csrc/screen/PROOF.md).
+
+    Args:
+        keys: ``[N, D]``, fp32, fp16 or bf16.
+        bias: ``[N]``, same dtype and device.
+        activation: as for :func:`xpatch.ops.patch_ffn`; the cut-off is part of what is packed.
+
+    Returns:
+        ``[bytes]`` uint8, about N·D bytes, on the CPU; it is meant for this process and these tensors. None where screening cannot
+        help: no native build, another device or dtype, no neurons, D above 32 768, an activation without a cut-off (identity).
+
+    Raises:
+        MismatchError: keys and bias do not fit together, or the activation is unknown.
+    """
+    activation = reference.canonical_activation(activation)
+    if keys.ndim != 2 or bias.ndim != 1 or bias.shape[0] != keys.shape[0]:
+        raise refuse("pack_keys", "keys [N, D] and bias [N]", keys=keys, bias=bias)
+    if keys.dtype != bias.dtype or keys.device != bias.device:
+        raise refuse("pack_keys", "one dtype and one device", keys=keys, bias=bias)
+    count, width = keys.shape
+    if keys.device.type != "cpu" or not count or native.backend_for("cpu", keys.dtype) != "native":
+        return None
+    module = native.load()
+    if not module.can_screen(CODES[activation], width):
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        packed = torch.empty(module.packed_bytes(count, width), dtype=torch.uint8)
+        keys, bias = dense_rows(keys.detach()), bias.detach().contiguous()
+        where = (keys.data_ptr(), bias.data_ptr(), count, width, keys.stride(0))
+        call_native(
+            "pack_keys", keys.device, *where, native.DTYPE_CODES[keys.dtype], CODES[activation], packed.data_ptr()
+        )
+    return packed
+
+
+def screening_stats(x: Tensor, keys: Tensor, bias: Tensor, packed: Tensor, activation: str) -> dict[str, int | bool]:
+    """How well the screening of `patch_ffn` does on these rows: arguments as there, on the CPU.
+
+    Returns:
+        ``pairs``: (row, neuron) pairs; ``survivors``: those whose bound reached the cut-off; ``fired``: those whose score is above
+        zero; ``dense``: whether `patch_ffn` would give up and run the framework's matmuls.
+
+    Raises:
+        MismatchError: the tensors do not fit together, or are not where the native kernel can see them.
+    """
+    values = keys.new_zeros((keys.shape[0], 1))
+    activation = _check(x, keys, bias, values, activation, packed)
+    if x.device.type != "cpu" or native.backend_for("cpu", x.dtype) != "native":
+        raise MismatchError(
+            f"screening_stats: expected CPU tensors of a dtype the native build knows; found {x.dtype} on {x.device}"
+        )
+    none = (None, None, None)
+    _, plain = native_call(x, keys, bias, values, activation, packed, none)
+    _, full = native_call(x, keys, bias, values, activation, packed, none, always=True, want_fired=True)
+    return {"pairs": full[1], "survivors": full[2], "fired": len(full[3]) // 16, "dense": plain[0]}
