@@ -130,7 +130,7 @@ def patch_ffn_cpu(
     want_fired: bool,
     threads: int,
     /,
-) -> tuple[bool, int, int, bytes]: ...
+) -> tuple[bool, int, int, bytes, bool]: ...
 def patch_ffn_cuda(
     x: int,
     keys: int,
@@ -154,7 +154,7 @@ def patch_ffn_cuda(
     /,
 ) -> None: ...
 def can_screen(activation: int, D: int, /) -> bool: ...
-def packed_bytes(N: int, D: int, /) -> int: ...
+def packed_bytes(N: int, D: int, rank: int, /) -> int: ...
 def pack_keys_cpu(
     keys: int,
     bias: int,
@@ -163,6 +163,8 @@ def pack_keys_cpu(
     keys_stride: int,
     dtype: int,
     activation: int,
+    basis: int,
+    rank: int,
     packed: int,
     threads: int,
     /,

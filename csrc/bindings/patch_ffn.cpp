@@ -46,7 +46,7 @@ xpatch::PatchFfn patch_ffn_from(uintptr_t x, uintptr_t keys, uintptr_t bias, uin
   return op;
 }
 
-// (too_many, pairs, survivors, fired): `fired` holds int64 pairs (row, neuron) as bytes.
+// (too_many, pairs, survivors, fired, coarse): `fired` holds int64 pairs (row, neuron) as bytes.
 py::tuple patch_ffn_cpu(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out,
                         uintptr_t mask_inner, uintptr_t mask_outer, uintptr_t language, int64_t M, int64_t D, int64_t N,
                         int64_t V, int64_t L, int64_t x_stride, int64_t keys_stride, int64_t values_stride, int dtype,
@@ -61,7 +61,8 @@ py::tuple patch_ffn_cpu(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t v
   }
   return py::make_tuple(
       result.too_many, result.pairs, result.survivors,
-      py::bytes(reinterpret_cast<const char*>(result.fired.data()), result.fired.size() * sizeof(int64_t)));
+      py::bytes(reinterpret_cast<const char*>(result.fired.data()), result.fired.size() * sizeof(int64_t)),
+      result.coarse);
 }
 
 void patch_ffn_cuda(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out, uintptr_t mask_inner,
@@ -73,15 +74,16 @@ void patch_ffn_cuda(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t value
                          reinterpret_cast<void*>(stream));
 }
 
-int64_t packed_bytes(int64_t N, int64_t D) {
-  XPATCH_CHECK(N >= 0 && D >= 0, "pack_keys: sizes must not be negative, found N=" << N << " D=" << D);
-  return xpatch::packed_bytes(N, D);
+int64_t packed_bytes(int64_t N, int64_t D, int64_t rank) {
+  XPATCH_CHECK(N >= 0 && D >= 0 && rank >= 0, "pack_keys: sizes must not be negative, found N=" << N << " D=" << D);
+  return xpatch::packed_bytes(N, D, rank);
 }
 
 void pack_keys(uintptr_t keys, uintptr_t bias, int64_t N, int64_t D, int64_t keys_stride, int dtype, int activation,
-               uintptr_t packed, int threads) {
+               uintptr_t basis, int64_t rank, uintptr_t packed, int threads) {
   xpatch::pack_keys(reinterpret_cast<const void*>(keys), keys_stride, reinterpret_cast<const void*>(bias),
-                    dtype_from(dtype), N, D, activation_from(activation), reinterpret_cast<uint8_t*>(packed), threads);
+                    dtype_from(dtype), N, D, activation_from(activation), reinterpret_cast<const float*>(basis), rank,
+                    reinterpret_cast<uint8_t*>(packed), threads);
 }
 
 bool can_screen(int activation, int64_t D) { return xpatch::can_screen(activation_from(activation), D); }

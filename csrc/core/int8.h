@@ -213,21 +213,23 @@ constexpr int32_t kKeyOffset = 0;
 constexpr int32_t kKeyOffset = 128;
 #endif
 
-// `const_bytes` holds three rows of 16 floats, not aligned. Bit i of the result is clear only where
-// sums[i] + a * first[i] + b * second[i] + c * third[i] < 0 in fp32: a NaN keeps its bit.
-inline uint32_t not_below_zero(Lanes sums, const uint8_t* const_bytes, float a, float b, float c) {
+// `const_bytes` holds four rows of 16 floats, not aligned. Bit i of the result is clear only where
+// sums[i] + a * first[i] + b * second[i] + c * third[i] + e * fourth[i] < 0 in fp32: a NaN keeps its bit.
+inline uint32_t not_below_zero(Lanes sums, const uint8_t* const_bytes, float a, float b, float c, float e) {
 #if defined(__AVX512F__)
   const auto* consts = reinterpret_cast<const float*>(const_bytes);  // read through intrinsics alone
   __m512 upper = _mm512_cvtepi32_ps(sums.sums);
+  upper = _mm512_fmadd_ps(_mm512_set1_ps(e), _mm512_loadu_ps(consts + 48), upper);
   upper = _mm512_fmadd_ps(_mm512_set1_ps(c), _mm512_loadu_ps(consts + 32), upper);
   upper = _mm512_fmadd_ps(_mm512_set1_ps(b), _mm512_loadu_ps(consts + 16), upper);
   upper = _mm512_fmadd_ps(_mm512_set1_ps(a), _mm512_loadu_ps(consts), upper);
   return _mm512_cmp_ps_mask(upper, _mm512_setzero_ps(), _CMP_NLT_UQ);
 #elif defined(__AVX2__)
   const auto* consts = reinterpret_cast<const float*>(const_bytes);  // read through intrinsics alone
-  const __m256 as = _mm256_set1_ps(a), bs = _mm256_set1_ps(b), cs = _mm256_set1_ps(c);
+  const __m256 as = _mm256_set1_ps(a), bs = _mm256_set1_ps(b), cs = _mm256_set1_ps(c), es = _mm256_set1_ps(e);
   const auto half = [&](__m256i ints, const float* k) {
     __m256 upper = _mm256_cvtepi32_ps(ints);
+    upper = _mm256_fmadd_ps(es, _mm256_loadu_ps(k + 48), upper);
     upper = _mm256_fmadd_ps(cs, _mm256_loadu_ps(k + 32), upper);
     upper = _mm256_fmadd_ps(bs, _mm256_loadu_ps(k + 16), upper);
     upper = _mm256_fmadd_ps(as, _mm256_loadu_ps(k), upper);
@@ -236,12 +238,13 @@ inline uint32_t not_below_zero(Lanes sums, const uint8_t* const_bytes, float a, 
   return half(sums.low, consts) | half(sums.high, consts + 8) << 8;
 #else
   int32_t ints[16];
-  float consts[48];
+  float consts[64];
   std::memcpy(ints, &sums, sizeof ints);
   std::memcpy(consts, const_bytes, sizeof consts);
   uint32_t bits = 0;
   for (int i = 0; i < 16; ++i) {
     float upper = static_cast<float>(ints[i]);
+    upper = e * consts[48 + i] + upper;
     upper = c * consts[32 + i] + upper;
     upper = b * consts[16 + i] + upper;
     upper = a * consts[i] + upper;

@@ -14,12 +14,13 @@ namespace {
 
 // Work is cut the same way whatever the number of threads. A block of rows and a block of keys stay in the L2 cache.
 constexpr int64_t kPanelRows = 4096;  // rows whose bytes are held at once
-constexpr int64_t kBlockRows = 96;
+constexpr int64_t kRowsAtOnce = 16;   // rows rounded together
+constexpr int64_t kBlockRows = 192;
 constexpr int64_t kBlockGroups = 32;
 constexpr int64_t kBlockColumns = 256;
 constexpr int64_t kValuesAtOnce = 32;     // value rows widened at once
 constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds below which waking threads costs more than it saves
-constexpr int64_t kSampledRows = 4, kSampledGroups = 16;
+constexpr int64_t kSampledRows = 16, kSampledGroups = 16;
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
@@ -36,8 +37,11 @@ struct Hit {
 };
 
 // The share of survivors above which dense matmuls are quicker. A survivor reads its key and value rows alone; a dense
-// matmul reads each once for all rows, so the more rows, the better it gets (measured: benchmarks/README.md).
-double share_worth_it(int64_t M) { return M <= 2 ? 0.6 : M <= 8 ? 0.35 : 0.2; }
+// matmul reads each once for all rows, so the more rows, the better it gets. Measured, as is the next one.
+double dense_above(int64_t M) { return M <= 2 ? 0.6 : M <= 8 ? 0.35 : 0.2; }
+
+// The share of survivors above which the full stage pays beside the coarse one.
+double full_above(int64_t M) { return M <= 2 ? 0.06 : 0.008; }
 
 float fp32_at(const void* matrix, DType dtype, int64_t index) {
   float value;
@@ -53,19 +57,19 @@ class Call {
         always_(always),
         want_fired_(want_fired),
         threads_(op.M * op.N * op.D < kSerialWork ? 1 : threads),
-        width_(4 * packed.steps),
-        limit_(share_worth_it(op.M) * static_cast<double>(op.M) * static_cast<double>(op.N)) {}
+        limit_(dense_above(op.M) * static_cast<double>(op.M) * static_cast<double>(op.N)) {}
 
   PatchFfnResult run() {
     const int64_t panel = std::min(op_.M, kPanelRows);
-    bytes_ = allocate<int8_t>(panel * width_);
+    bytes_ = allocate<int8_t>(panel * packed_.full.width());
     bounds_ = allocate<RowBound>(panel);
     rows_ = allocate<const float*>(panel);
     if (op_.dtype != DType::fp32 || op_.mask_inner != nullptr) copies_ = allocate<float>(panel * op_.D);
     for (int64_t row0 = 0; row0 < op_.M; row0 += panel) {
       const int64_t rows = std::min(panel, op_.M - row0);
       enter(row0, rows);
-      if (!always_ && row0 == 0 && !worth_it(rows)) return too_many();
+      if (row0 == 0 && !choose(rows)) return too_many();
+      round(rows);
       if (!screen(rows)) return too_many();
       leave(row0, rows);
     }
@@ -74,43 +78,71 @@ class Call {
   }
 
  private:
-  // Rows [row0, row0 + rows): widened, masked, and rounded to bytes.
+  // Rows [row0, row0 + rows), widened and masked.
   void enter(int64_t row0, int64_t rows) {
-    const int64_t at_once = 16;
-    parallel_for(blocks(rows, at_once), rows * op_.D < (1 << 15) ? 1 : threads_, [&](int64_t block) {
-      const auto work = allocate<float>(op_.D);
-      const int64_t end = std::min(rows, (block + 1) * at_once);
-      for (int64_t m = block * at_once; m < end; ++m) {
-        const char* source = static_cast<const char*>(op_.x) + (row0 + m) * op_.x_stride * size_of(op_.dtype);
-        if (copies_ == nullptr) {
-          rows_[m] = reinterpret_cast<const float*>(source);
-        } else {
-          float* copy = copies_.get() + m * op_.D;
-          widen(source, op_.dtype, op_.D, copy);
-          if (op_.mask_inner != nullptr) times_mask(op_.mask_inner, row0 + m, op_.D, 0, op_.D, copy);
-          rows_[m] = copy;
-        }
-        screener_.quantise(rows_[m], op_.D, work.get(), bytes_.get() + m * width_, &bounds_[m]);
+    for (int64_t m = 0; copies_ == nullptr && m < rows; ++m) {
+      rows_[m] = static_cast<const float*>(op_.x) + (row0 + m) * op_.x_stride;
+    }
+    if (copies_ == nullptr) return;
+    parallel_for(blocks(rows, kRowsAtOnce), rows * op_.D < (1 << 15) ? 1 : threads_, [&](int64_t block) {
+      const int64_t end = std::min(rows, (block + 1) * kRowsAtOnce);
+      for (int64_t m = block * kRowsAtOnce; m < end; ++m) {
+        float* copy = copies_.get() + m * op_.D;
+        widen(static_cast<const char*>(op_.x) + (row0 + m) * op_.x_stride * size_of(op_.dtype), op_.dtype, op_.D, copy);
+        if (op_.mask_inner != nullptr) times_mask(op_.mask_inner, row0 + m, op_.D, 0, op_.D, copy);
+        rows_[m] = copy;
       }
     });
   }
 
-  // Looks at a few rows and groups only.
-  bool worth_it(int64_t rows) const {
-    const int64_t some_rows = std::min(rows, kSampledRows), some_groups = std::min(packed_.count / 4, kSampledGroups);
+  // Rounds rows [first, end) for the stage in use.
+  void round(int64_t first, int64_t end) {
+    const auto work = allocate<float>(op_.D);
+    if (!coarse_) {
+      for (int64_t m = first; m < end; ++m) {
+        screener_.quantise(rows_[m], op_.D, work.get(), bytes_.get() + m * stage().width(), &bounds_[m]);
+      }
+      return;
+    }
+    const auto projected = allocate<float>((end - first) * packed_.rank);
+    screener_.project(&rows_[first], end - first, op_.D, packed_.basis, packed_.rank, projected.get());
+    for (int64_t m = first; m < end; ++m) {
+      screener_.coarsen(rows_[m], op_.D, projected.get() + (m - first) * packed_.rank, packed_.rank, packed_.skew,
+                        work.get(), bytes_.get() + m * stage().width(), &bounds_[m]);
+    }
+  }
+
+  void round(int64_t rows) {
+    parallel_for(blocks(rows, kRowsAtOnce), rows * op_.D < (1 << 15) ? 1 : threads_,
+                 [&](int64_t block) { round(block * kRowsAtOnce, std::min(rows, (block + 1) * kRowsAtOnce)); });
+  }
+
+  const Stage& stage() const { return coarse_ ? packed_.coarse : packed_.full; }
+
+  // The stage to use, by a look at a few rows and groups; false where neither pays.
+  bool choose(int64_t rows) {
+    coarse_ = packed_.basis != nullptr;
+    if (coarse_ && sampled_share(rows) > full_above(op_.M)) coarse_ = false;
+    result_.coarse = coarse_;
+    // Twice the share: a sample is small, and the whole call stops by itself at its limit.
+    return coarse_ || always_ || sampled_share(rows) <= 2.0 * dense_above(op_.M);
+  }
+
+  double sampled_share(int64_t rows) {
+    const int64_t some_rows = std::min(std::max<int64_t>(rows / 8, 1), kSampledRows);  // an eighth at most
+    const int64_t some_groups = std::min(std::max<int64_t>(packed_.count / 4, 1), kSampledGroups);
     int64_t found = 0;
-    for (int64_t i = 0; i < some_groups; ++i) {
-      const uint8_t* group = packed_.groups + i * packed_.count / some_groups * packed_.stride;
-      for (int64_t j = 0; j < some_rows; ++j) {
-        const int64_t m = j * rows / some_rows;
+    for (int64_t j = 0; j < some_rows; ++j) {
+      const int64_t m = j * rows / some_rows;
+      round(m, m + 1);
+      for (int64_t i = 0; i < some_groups; ++i) {
+        Stage one = stage();
+        one.groups += i * packed_.count / some_groups * one.stride;
         uint16_t mask;
-        found +=
-            screener_.screen(bytes_.get() + m * width_, &bounds_[m], 1, group, packed_.stride, packed_.steps, 1, &mask);
+        found += screener_.screen(bytes_.get() + m * one.width(), &bounds_[m], 1, one, 1, &mask);
       }
     }
-    // Twice the share: a sample is small, and the whole call stops by itself at its limit.
-    return static_cast<double>(found) <=
-           2.0 * share_worth_it(op_.M) * static_cast<double>(some_groups * some_rows * kGroup);
+    return static_cast<double>(found) / static_cast<double>(std::max<int64_t>(some_groups * some_rows * kGroup, 1));
   }
 
   // False when it gave up.
@@ -126,9 +158,10 @@ class Call {
       const int64_t block_rows = std::min(kBlockRows, rows - row);
       const int64_t block_groups = std::min(kBlockGroups, packed_.count - group);
       uint16_t masks[kBlockGroups * kBlockRows];
+      Stage here = stage();
+      here.groups += group * here.stride;
       const int64_t found =
-          screener_.screen(bytes_.get() + row * width_, &bounds_[row], block_rows,
-                           packed_.groups + group * packed_.stride, packed_.stride, packed_.steps, block_groups, masks);
+          screener_.screen(bytes_.get() + row * here.width(), &bounds_[row], block_rows, here, block_groups, masks);
       if (found == 0) return;
       const int64_t total = survivors_.fetch_add(found, std::memory_order_relaxed) + found;
       if (!always_ && static_cast<double>(total) > limit_) {
@@ -269,10 +302,10 @@ class Call {
   const PackedKeys& packed_;
   const bool always_, want_fired_;
   const int threads_;
-  const int64_t width_;
   const double limit_;
   const ScreenKernels& screener_ = XPATCH_KERNELS(screen_kernels);
   const PatchFfnKernels& kernels_ = XPATCH_KERNELS(patch_ffn_kernels);
+  bool coarse_ = false;
   int64_t row_blocks_ = 0;
   std::unique_ptr<int8_t[]> bytes_;
   std::unique_ptr<RowBound[]> bounds_;

@@ -43,6 +43,7 @@ void check(const PatchFfn& op);
 struct PatchFfnResult {
   bool too_many = false;       // so many neurons survive that dense matmuls are quicker; `out` is not written
   int64_t pairs = 0;           // (row, neuron) pairs looked at
+  bool coarse = false;         // screened by the coarse stage alone
   int64_t survivors = 0;       // of them, computed in fp32
   std::vector<int64_t> fired;  // row, neuron, row, neuron, ... in ascending order: where the score is above zero
 };

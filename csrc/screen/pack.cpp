@@ -15,22 +15,44 @@ namespace {
 // What stands before the groups. Both ends are this program: the bytes never leave the process.
 struct Header {
   char magic[8];
-  int64_t N, D, count, steps, stride;
+  int64_t N, D, rank;
   int32_t activation;
-  int32_t reserved;
+  float skew;
   int64_t bytes;
+  int64_t reserved[2];
 };
 static_assert(sizeof(Header) == 64, "one cache line");
 constexpr char kMagic[8] = {'x', 'p', 'k', 'e', 'y', 's', '1', '\0'};
 
 constexpr double kUnit = 0x1.0p-24;  // half an ulp of 1 in fp32
-constexpr int64_t kConstBytes = 3 * kGroup * sizeof(float);
+constexpr int64_t kConsts = 4 * kGroup;
+constexpr double kSkewAtMost = 0.01;
 
 int64_t groups_of(int64_t N) { return (N + kGroup - 1) / kGroup; }
-int64_t steps_of(int64_t D) { return (D + 3) / 4; }
-int64_t stride_of(int64_t D) { return steps_of(D) * kStepBytes + kConstBytes; }
 
-// The smallest fp32 number that is not below `value`.
+// Where things lie: header, basis, groups of the coarse stage, groups of the full stage; all at multiples of 64.
+struct Layout {
+  int64_t basis = 0, coarse = 0, full = 0, bytes = 0;
+  Stage coarse_stage, full_stage;
+
+  Layout(int64_t N, int64_t D, int64_t rank) {
+    coarse_stage = stage_of(rank);
+    full_stage = stage_of(D);
+    basis = sizeof(Header);
+    coarse = basis + (rank * D * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
+    full = coarse + (rank > 0 ? groups_of(N) * coarse_stage.stride : 0);
+    bytes = full + groups_of(N) * full_stage.stride;
+  }
+
+  static Stage stage_of(int64_t width) {
+    Stage stage;
+    stage.steps = (width + 3) / 4;
+    stage.stride = stage.steps * kStepBytes + kConsts * static_cast<int64_t>(sizeof(float));
+    return stage;
+  }
+};
+
+// The smallest fp32 number that is not below `value`, but -max for what is below that.
 float round_up(double value) {
   if (value < -static_cast<double>(std::numeric_limits<float>::max())) return -std::numeric_limits<float>::max();
   float rounded = static_cast<float>(value);
@@ -38,23 +60,57 @@ float round_up(double value) {
   return rounded;
 }
 
-// a, b and c of one key (screen.h); PROOF.md, section 3, numbers every term.
-void bounds_of(const int8_t* bytes, const RowBound& key, float bias, float cut, int64_t D, float* consts) {
-  float &a = consts[0], &b = consts[kGroup], &c = consts[2 * kGroup];
+// a, b, c and e of one key (screen.h); PROOF.md, section 3, numbers every term. `slip`: further rounding, as a share of
+// the product of the norms.
+void bounds_of(const int8_t* bytes, const RowBound& key, float bias, float cut, int64_t width, double slip,
+               float* consts) {
+  float &a = consts[0], &b = consts[kGroup], &c = consts[2 * kGroup], &e = consts[3 * kGroup];
   if (key.odd || !std::isfinite(bias)) {
-    a = b = 0.0f;
+    a = b = e = 0.0f;
     c = std::numeric_limits<float>::infinity();
     return;
   }
   int32_t squares = 0;  // at most 127^2 * 32 768
-  for (int64_t d = 0; d < D; ++d) squares += static_cast<int32_t>(bytes[d]) * bytes[d];
+  for (int64_t d = 0; d < width; ++d) squares += static_cast<int32_t>(bytes[d]) * bytes[d];
   const double whole = std::sqrt(static_cast<double>(squares)), norm = key.norm;
-  const double rounding = (static_cast<double>(D) + 128.0) * kUnit;
-  a = round_up(whole * (1.0 + 16.0 * kUnit));
-  b = round_up((key.error + rounding * (norm + whole)) * (1.0 + 16.0 * kUnit));
+  const double rounding = (static_cast<double>(width) + 128.0) * kUnit;
+  a = round_up(whole * (1.0 + 32.0 * kUnit));
+  b = round_up((key.error + rounding * (norm + whole) + slip * norm) * (1.0 + 32.0 * kUnit));
+  e = round_up(static_cast<double>(key.rest) * (1.0 + 32.0 * kUnit));
   const double offset = (static_cast<double>(bias) - static_cast<double>(cut)) * key.scale;
   const double slack = 32.0 * kUnit * (std::fabs(offset) + std::fabs(static_cast<double>(bias)) * key.scale);
   c = round_up(offset + slack);
+}
+
+// >= the norm of basis basis^T - I
+double skew_of(const float* basis, int64_t rank, int64_t D) {
+  double squares = 0.0;
+  for (int64_t i = 0; i < rank; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      double product = 0.0;
+      for (int64_t d = 0; d < D; ++d) product += static_cast<double>(basis[i * D + d]) * basis[j * D + d];
+      const double off = i == j ? product - 1.0 : product;
+      squares += (i == j ? 1.0 : 2.0) * off * off;
+    }
+  }
+  return std::sqrt(squares) * (1.0 + 1e-6) + 1e-12;
+}
+
+// Writes the bytes of one key into its lane of a group.
+void put_key(const int8_t* bytes, int64_t steps, int64_t lane, uint8_t* group) {
+  for (int64_t s = 0; s < steps; ++s) {
+    uint32_t four;
+    std::memcpy(&four, bytes + 4 * s, sizeof four);
+    four ^= 0x80808080u;  // adds 128 to each byte
+    std::memcpy(group + s * kStepBytes + 4 * lane, &four, sizeof four);
+  }
+}
+
+void begin_group(const Stage& stage, uint8_t* group, float* consts) {
+  std::memset(group, 128, static_cast<size_t>(stage.steps * kStepBytes));
+  for (int64_t i = 0; i < kConsts; ++i) {
+    consts[i] = i / kGroup == 2 ? -std::numeric_limits<float>::max() : 0.0f;  // what lanes beyond N keep
+  }
 }
 
 }  // namespace
@@ -78,12 +134,10 @@ bool can_screen(Activation activation, int64_t D) {
   return activation != Activation::identity && D >= 1 && D <= kMaxScreenedWidth;
 }
 
-int64_t packed_bytes(int64_t N, int64_t D) {
-  return static_cast<int64_t>(sizeof(Header)) + groups_of(N) * stride_of(D);
-}
+int64_t packed_bytes(int64_t N, int64_t D, int64_t rank) { return Layout(N, D, rank).bytes; }
 
 void pack_keys(const void* keys, int64_t keys_stride, const void* bias, DType dtype, int64_t N, int64_t D,
-               Activation activation, uint8_t* packed, int threads) {
+               Activation activation, const float* basis, int64_t rank, uint8_t* packed, int threads) {
   XPATCH_CHECK(can_screen(activation, D), "pack_keys: these keys cannot be screened: expected 1 <= D <= "
                                               << kMaxScreenedWidth << " and an activation with a cut-off; found D=" << D
                                               << ", activation code " << static_cast<int>(activation));
@@ -93,48 +147,66 @@ void pack_keys(const void* keys, int64_t keys_stride, const void* bias, DType dt
   XPATCH_CHECK((keys != nullptr && bias != nullptr) || N == 0, "pack_keys: keys or bias is a null pointer");
   XPATCH_CHECK(packed != nullptr, "pack_keys: packed is a null pointer");
   XPATCH_CHECK(threads >= 1, "pack_keys: threads must be at least 1, found " << threads);
+  XPATCH_CHECK(rank >= 0 && rank <= D && (rank == 0) == (basis == nullptr),
+               "pack_keys: expected a basis of at most D=" << D << " directions, found rank " << rank);
+  const Layout layout(N, D, rank);
   Header header = {};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
   header.N = N;
   header.D = D;
-  header.count = groups_of(N);
-  header.steps = steps_of(D);
-  header.stride = stride_of(D);
+  header.rank = rank;
   header.activation = static_cast<int32_t>(activation);
-  header.bytes = packed_bytes(N, D);
+  header.bytes = layout.bytes;
+  if (rank > 0) {
+    const double skew = skew_of(basis, rank, D);
+    XPATCH_CHECK(skew <= kSkewAtMost, "pack_keys: the basis is not orthonormal: expected |basis basis^T - I| <= "
+                                          << kSkewAtMost << ", found " << skew);
+    header.skew = round_up(skew);
+    std::memcpy(packed + layout.basis, basis, static_cast<size_t>(rank * D) * sizeof(float));
+  }
   std::memcpy(packed, &header, sizeof header);
 
   const ScreenKernels& kernels = XPATCH_KERNELS(screen_kernels);
   const float cut = cut_off(activation);
-  const int64_t width = 4 * header.steps;
-  parallel_for(header.count, N * D < (1 << 16) ? 1 : threads, [&](int64_t g) {
-    uint8_t* group = packed + sizeof(Header) + g * header.stride;
+  const Stage &full = layout.full_stage, &coarse = layout.coarse_stage;
+  // Rounding of the projections on both sides, of inverting basis basis^T, and of the fp32 score itself.
+  const double slip = 2.1 * 1.01 * (static_cast<double>(D) + 8.0) * kUnit * std::sqrt(static_cast<double>(rank)) +
+                      1.03 * header.skew + (static_cast<double>(D) + 16.0) * kUnit;
+  parallel_for(groups_of(N), N * D < (1 << 16) ? 1 : threads, [&](int64_t g) {
     // Heap and not stack: D is the caller's. One allocation a group of 16 keys does not show.
-    const std::unique_ptr<float[]> key(new float[static_cast<size_t>(2 * D)]);
-    const std::unique_ptr<int8_t[]> bytes(new int8_t[static_cast<size_t>(width)]);
-    float consts[3 * kGroup];
-    std::memset(group, 128, static_cast<size_t>(header.steps * kStepBytes));
-    for (int64_t i = 0; i < kGroup; ++i) {
-      const int64_t n = g * kGroup + i;
-      if (n >= N) {
-        consts[i] = consts[kGroup + i] = 0.0f;
-        consts[2 * kGroup + i] = -std::numeric_limits<float>::max();
-        continue;
-      }
-      widen(static_cast<const char*>(keys) + n * keys_stride * size_of(dtype), dtype, D, key.get());
-      float own_bias;
-      widen(static_cast<const char*>(bias) + n * size_of(dtype), dtype, 1, &own_bias);
-      RowBound bound;
-      kernels.quantise(key.get(), D, key.get() + D, bytes.get(), &bound);
-      bounds_of(bytes.get(), bound, own_bias, cut, D, consts + i);
-      for (int64_t s = 0; s < header.steps; ++s) {
-        uint32_t four;
-        std::memcpy(&four, bytes.get() + 4 * s, sizeof four);
-        four ^= 0x80808080u;  // adds 128 to each byte
-        std::memcpy(group + s * kStepBytes + 4 * i, &four, sizeof four);
-      }
+    const std::unique_ptr<float[]> floats(new float[static_cast<size_t>(kGroup * (D + rank) + D)]);
+    const std::unique_ptr<int8_t[]> bytes(new int8_t[static_cast<size_t>(full.width())]);
+    float *copies = floats.get(), *projected = copies + kGroup * D, *work = projected + kGroup * rank;
+    const float* rows[kGroup];
+    float biases[kGroup], consts[kConsts];
+    const int64_t first = g * kGroup, count = std::min(kGroup, N - first);
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = copies + i * D;
+      widen(static_cast<const char*>(keys) + (first + i) * keys_stride * size_of(dtype), dtype, D, copies + i * D);
     }
-    std::memcpy(group + header.steps * kStepBytes, consts, sizeof consts);
+    widen(static_cast<const char*>(bias) + first * size_of(dtype), dtype, count, biases);
+
+    uint8_t* group = packed + layout.full + g * full.stride;
+    begin_group(full, group, consts);
+    for (int64_t i = 0; i < count; ++i) {
+      RowBound bound;
+      kernels.quantise(rows[i], D, work, bytes.get(), &bound);
+      bounds_of(bytes.get(), bound, biases[i], cut, D, 0.0, consts + i);
+      put_key(bytes.get(), full.steps, i, group);
+    }
+    std::memcpy(group + full.steps * kStepBytes, consts, sizeof consts);
+    if (rank == 0) return;
+
+    group = packed + layout.coarse + g * coarse.stride;
+    begin_group(coarse, group, consts);
+    kernels.project(rows, count, D, basis, rank, projected);
+    for (int64_t i = 0; i < count; ++i) {
+      RowBound bound;
+      kernels.coarsen(rows[i], D, projected + i * rank, rank, header.skew, work, bytes.get(), &bound);
+      bounds_of(bytes.get(), bound, biases[i], cut, rank, slip, consts + i);
+      put_key(bytes.get(), coarse.steps, i, group);
+    }
+    std::memcpy(group + coarse.steps * kStepBytes, consts, sizeof consts);
   });
 }
 
@@ -149,18 +221,27 @@ PackedKeys read_packed(const uint8_t* packed, int64_t bytes, int64_t N, int64_t 
                "packed keys: expected N=" << N << " D=" << D << " activation code " << static_cast<int>(activation)
                                           << "; found N=" << header.N << " D=" << header.D << " activation code "
                                           << header.activation << "; pack the keys that are served");
-  XPATCH_CHECK(can_screen(activation, D) && N >= 0 && header.count == groups_of(N) && header.steps == steps_of(D) &&
-                   header.stride == stride_of(D) && header.bytes == packed_bytes(N, D) && bytes == header.bytes,
-               "packed keys: expected " << packed_bytes(N, D) << " bytes, found " << bytes << " (" << header.bytes
+  XPATCH_CHECK(can_screen(activation, D) && N >= 0 && header.rank >= 0 && header.rank <= D && header.skew >= 0.0f &&
+                   header.skew <= static_cast<float>(kSkewAtMost) * 1.01f,
+               "packed keys: the header is damaged (rank " << header.rank << ", skew " << header.skew << ")");
+  const Layout layout(N, D, header.rank);
+  XPATCH_CHECK(header.bytes == layout.bytes && bytes == layout.bytes,
+               "packed keys: expected " << layout.bytes << " bytes, found " << bytes << " (" << header.bytes
                                         << " by their header)");
   PackedKeys view;
-  view.groups = packed + sizeof(Header);
   view.N = N;
   view.D = D;
-  view.count = header.count;
-  view.steps = header.steps;
-  view.stride = header.stride;
+  view.count = groups_of(N);
   view.activation = activation;
+  view.full = layout.full_stage;
+  view.full.groups = packed + layout.full;
+  if (header.rank > 0) {
+    view.coarse = layout.coarse_stage;
+    view.coarse.groups = packed + layout.coarse;
+    view.basis = reinterpret_cast<const float*>(packed + layout.basis);
+    view.rank = header.rank;
+    view.skew = header.skew;
+  }
   return view;
 }
 

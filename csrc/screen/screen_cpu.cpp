@@ -139,6 +139,87 @@ void quantise(const float* row, int64_t D, float* work, int8_t* bytes, RowBound*
   bound->sum = static_cast<int32_t>(sum(sums));
 }
 
+// --- The coarse stage ----------------------------------------------------------------------------------------------
+
+// R rows against C directions.
+template <int R, int C>
+inline void project_tile(const float* const* rows, int64_t D, const float* basis, float* out, int64_t rank) {
+  Vec acc[R][C];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) acc[r][c] = zero();
+  }
+  int64_t d = 0;
+  for (; d + W <= D; d += W) {
+    Vec row[R];
+    for (int r = 0; r < R; ++r) row[r] = load(rows[r] + d);
+    for (int c = 0; c < C; ++c) {
+      const Vec direction = load(basis + c * D + d);
+      for (int r = 0; r < R; ++r) acc[r][c] = multiply_add(row[r], direction, acc[r][c]);
+    }
+  }
+  if (d < D) {
+    for (int c = 0; c < C; ++c) {
+      const Vec direction = load_first(basis + c * D + d, D - d);
+      for (int r = 0; r < R; ++r) acc[r][c] = multiply_add(load_first(rows[r] + d, D - d), direction, acc[r][c]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) out[r * rank + c] = sum(acc[r][c]);
+  }
+}
+
+template <int R>
+inline void project_rows(const float* const* rows, int64_t D, const float* basis, int64_t rank, float* out) {
+  constexpr int C = R == 1 ? 8 : 4;
+  int64_t i = 0;
+  for (; i + C <= rank; i += C) project_tile<R, C>(rows, D, basis + i * D, out + i, rank);
+  for (; i < rank; ++i) project_tile<R, 1>(rows, D, basis + i * D, out + i, rank);
+}
+
+void project(const float* const* rows, int64_t count, int64_t D, const float* basis, int64_t rank, float* out) {
+  constexpr int R = W == 16 ? 4 : 2;
+  int64_t m = 0;
+  for (; m + R <= count; m += R) project_rows<R>(rows + m, D, basis, rank, out + m * rank);
+  for (; m < count; ++m) project_rows<1>(rows + m, D, basis, rank, out + m * rank);
+}
+
+double sum_of_squares(const float* v, int64_t D) {
+  Vec squares = zero();
+  int64_t d = 0;
+  for (; d + W <= D; d += W) {
+    const Vec a = load(v + d);
+    squares = multiply_add(a, a, squares);
+  }
+  if (d < D) {
+    const Vec a = load_first(v + d, D - d);
+    squares = multiply_add(a, a, squares);
+  }
+  return sum(squares);
+}
+
+void coarsen(const float* row, int64_t D, float* projected, int64_t rank, float skew, float* work, int8_t* bytes,
+             RowBound* bound) {
+  const uint32_t bits = largest_bits(row, D);
+  float most;
+  std::memcpy(&most, &bits, sizeof most);
+  if (bits != 0 && !(most >= 0x1.0p-50f && most <= 0x1.0p50f)) {  // squares must neither overflow nor vanish
+    *bound = RowBound();
+    bound->odd = true;
+    std::memset(bytes, 0, static_cast<size_t>((rank + 3) / 4 * 4));
+    return;
+  }
+  const double norm = std::sqrt(sum_of_squares(row, D)) * (1.0 + (static_cast<double>(D) + 16.0) * kUnit);
+  const double along = std::sqrt(sum_of_squares(projected, rank)) * (1.0 - (static_cast<double>(rank) + 16.0) * kUnit);
+  quantise(projected, rank, work, bytes, bound);
+  if (bound->odd) return;
+  const double slip = (static_cast<double>(D) + 8.0) * kUnit * 1.01 * std::sqrt(static_cast<double>(rank)) * norm;
+  const double sure = along > slip ? along - slip : 0.0;
+  const double rest = norm * norm - sure * sure / (1.0 + static_cast<double>(skew));
+  const double inflate = static_cast<double>(bound->scale) * (1.0 + 16.0 * kUnit);
+  bound->norm = static_cast<float>(norm * inflate);
+  bound->rest = rest > 0.0 ? static_cast<float>(std::sqrt(rest) * inflate) : 0.0f;
+}
+
 // --- Screening -----------------------------------------------------------------------------------------------------
 
 // acc[r][c] += the dot products of R rows and C groups.
@@ -165,7 +246,7 @@ inline int count_bits(uint32_t bits) {
 inline int64_t put_mask(Lanes sums, const uint8_t* group, int64_t steps, const RowBound& bound, uint16_t* mask) {
   uint32_t bits = 0xFFFF;
   if (!bound.odd) {
-    bits = not_below_zero(sums, group + steps * kStepBytes, bound.error, bound.norm, bound.scale);
+    bits = not_below_zero(sums, group + steps * kStepBytes, bound.error, bound.norm, bound.scale, bound.rest);
   }
   *mask = static_cast<uint16_t>(bits);
   return bits == 0 ? 0 : count_bits(bits);
@@ -232,8 +313,10 @@ inline int64_t screen_groups(const int8_t* bytes, const RowBound* bounds, int64_
   return found;
 }
 
-int64_t screen(const int8_t* bytes, const RowBound* bounds, int64_t rows, const uint8_t* groups, int64_t stride,
-               int64_t steps, int64_t count, uint16_t* masks) {
+int64_t screen(const int8_t* bytes, const RowBound* bounds, int64_t rows, const Stage& stage, int64_t count,
+               uint16_t* masks) {
+  const uint8_t* groups = stage.groups;
+  const int64_t stride = stage.stride, steps = stage.steps;
 #if defined(__AVX512VNNI__)
   constexpr int C = 2;
 #else
@@ -268,7 +351,7 @@ int64_t peak(int64_t rounds, int32_t* sink) {
 
 }  // namespace
 
-const ScreenKernels screen_kernels = {quantise, screen, peak};
+const ScreenKernels screen_kernels = {quantise, project, coarsen, screen, peak};
 
 }  // namespace XPATCH_ISA
 }  // namespace xpatch

@@ -10,6 +10,10 @@ from xpatch.ops import native, reference
 from xpatch.ops.registry.library import call_native, dense_rows, refuse
 from xpatch.ops.registry.patch_ffn import CODES, _check, native_call
 
+#: From here on the keys' leading directions are worth finding: a first look at 64 coordinates a key instead of D.
+COARSE_FROM_NEURONS, COARSE_FROM_WIDTH, COARSE_RANK = 2048, 256, 64
+SAMPLED_KEYS = 2048
+
 
 def pack_keys(keys: Tensor, bias: Tensor, activation: str) -> Tensor | None:
     """The keys as :func:`xpatch.ops.patch_ffn` screens them: int8, with what bounds their rounding (csrc/screen/PROOF.md).
@@ -38,13 +42,33 @@ def pack_keys(keys: Tensor, bias: Tensor, activation: str) -> Tensor | None:
     if not module.can_screen(CODES[activation], width):
         return None
     with torch.inference_mode(False), torch.no_grad():
-        packed = torch.empty(module.packed_bytes(count, width), dtype=torch.uint8)
         keys, bias = dense_rows(keys.detach()), bias.detach().contiguous()
-        where = (keys.data_ptr(), bias.data_ptr(), count, width, keys.stride(0))
+        basis = _leading_directions(keys) if count >= COARSE_FROM_NEURONS and width >= COARSE_FROM_WIDTH else None
+        rank, where = (0, 0) if basis is None else (basis.shape[0], basis.data_ptr())
+        packed = torch.empty(module.packed_bytes(count, width, rank), dtype=torch.uint8)
         call_native(
-            "pack_keys", keys.device, *where, native.DTYPE_CODES[keys.dtype], CODES[activation], packed.data_ptr()
+            "pack_keys",
+            keys.device,
+            *(keys.data_ptr(), bias.data_ptr(), count, width, keys.stride(0)),
+            *(native.DTYPE_CODES[keys.dtype], CODES[activation], where, rank, packed.data_ptr()),
         )
     return packed
+
+
+def _leading_directions(keys: Tensor) -> Tensor | None:
+    """`[R, D]` fp32, orthonormal: about the directions along which keys `[N, D]` are longest; None where they are not finite.
+
+    Randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) over at most `SAMPLED_KEYS` of them. How good
+    the directions are decides how much is screened away, never what comes out.
+    """
+    some = keys[:: max(1, keys.shape[0] // SAMPLED_KEYS)].float()
+    start = torch.randn(some.shape[1], COARSE_RANK, generator=torch.Generator().manual_seed(0))
+    directions = some.T @ (some @ start)
+    for _ in range(2):
+        directions = some.T @ (some @ torch.linalg.qr(directions).Q)
+    if not directions.isfinite().all():
+        return None
+    return torch.linalg.qr(directions).Q.T.contiguous()
 
 
 def screening_stats(x: Tensor, keys: Tensor, bias: Tensor, packed: Tensor, activation: str) -> dict[str, int | bool]:
@@ -52,7 +76,7 @@ def screening_stats(x: Tensor, keys: Tensor, bias: Tensor, packed: Tensor, activ
 
     Returns:
         ``pairs``: (row, neuron) pairs; ``survivors``: those whose bound reached the cut-off; ``fired``: those whose score is above
-        zero; ``dense``: whether `patch_ffn` would give up and run the framework's matmuls.
+        zero; ``coarse``: whether the 64 leading coordinates were enough; ``dense``: whether `patch_ffn` would give up and run the framework's matmuls.
 
     Raises:
         MismatchError: the tensors do not fit together, or are not where the native kernel can see them.
@@ -63,7 +87,6 @@ def screening_stats(x: Tensor, keys: Tensor, bias: Tensor, packed: Tensor, activ
         raise MismatchError(
             f"screening_stats: expected CPU tensors of a dtype the native build knows; found {x.dtype} on {x.device}"
         )
-    none = (None, None, None)
-    _, plain = native_call(x, keys, bias, values, activation, packed, none)
-    _, full = native_call(x, keys, bias, values, activation, packed, none, always=True, want_fired=True)
-    return {"pairs": full[1], "survivors": full[2], "fired": len(full[3]) // 16, "dense": plain[0]}
+    _, plain = native_call(x, keys, bias, values, activation, packed)
+    _, full = native_call(x, keys, bias, values, activation, packed, always=True, want_fired=True)
+    return {"pairs": full[1], "survivors": full[2], "fired": len(full[3]) // 16, "coarse": full[4], "dense": plain[0]}
