@@ -235,8 +235,8 @@ class Runtime:
         """The patched output, or None (as it is) where `call` pinned no part here."""
         if call.epoch is not None and self.capacity is not None:
             return self.capacity.add(site, x, y, call.epoch)
-        parts = call.snapshot.at.get(site)
-        return None if parts is None else add_patches(parts, x, y, call.route, self.firings)
+        steps = call.snapshot.steps.get(site)
+        return None if steps is None else add_patches(steps, x, y, call.route, self.firings)
 
     def _begin(self, kind: Kind, rows: Rows | None, batch: int | None) -> Call:
         if is_switched_off(self.model) or (self._thread.newcomer and self._began_before_the_hooks(kind)):
