@@ -160,8 +160,16 @@ class Call {
       uint16_t masks[kBlockGroups * kBlockRows];
       Stage here = stage();
       here.groups += group * here.stride;
-      const int64_t found =
+      int64_t found =
           screener_.screen(bytes_.get() + row * here.width(), &bounds_[row], block_rows, here, block_groups, masks);
+      // A row that cannot be screened keeps every lane of the last group, those beyond N too.
+      const int64_t beyond = (group + block_groups) * kGroup - op_.N;
+      for (int64_t m = 0; beyond > 0 && m < block_rows; ++m) {
+        uint16_t& last = masks[(block_groups - 1) * block_rows + m];
+        if (last >> (kGroup - beyond) == 0) continue;
+        last = static_cast<uint16_t>(last & (0xFFFF >> beyond));
+        found -= beyond;
+      }
       if (found == 0) return;
       const int64_t total = survivors_.fetch_add(found, std::memory_order_relaxed) + found;
       if (!always_ && static_cast<double>(total) > limit_) {
@@ -213,7 +221,7 @@ class Call {
   void leave(int64_t row0, int64_t rows) {
     const int64_t key_blocks = blocks(packed_.count, kBlockGroups);
     std::vector<std::vector<int64_t>> fired(static_cast<size_t>(row_blocks_));
-    const int64_t column_blocks = rows >= 8 ? 1 : blocks(op_.V, kBlockColumns);
+    const int64_t column_blocks = rows >= 8 || op_.V == 0 ? 1 : blocks(op_.V, kBlockColumns);
     const int64_t columns = column_blocks == 1 ? op_.V : kBlockColumns;
     parallel_for(row_blocks_ * column_blocks, threads_, [&](int64_t task) {
       const int64_t block = task % row_blocks_, column = task / row_blocks_ * columns;

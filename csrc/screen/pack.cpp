@@ -27,6 +27,8 @@ constexpr char kMagic[8] = {'x', 'p', 'k', 'e', 'y', 's', '1', '\0'};
 constexpr double kUnit = 0x1.0p-24;  // half an ulp of 1 in fp32
 constexpr int64_t kConsts = 4 * kGroup;
 constexpr double kSkewAtMost = 0.01;
+constexpr int64_t kMaxRank = 1024;
+constexpr float kMostBias = 0x1.0p126f;
 
 int64_t groups_of(int64_t N) { return (N + kGroup - 1) / kGroup; }
 
@@ -62,10 +64,12 @@ float round_up(double value) {
 
 // a, b, c and e of one key (screen.h); PROOF.md, section 3, numbers every term. `slip`: further rounding, as a share of
 // the product of the norms.
-void bounds_of(const int8_t* bytes, const RowBound& key, float bias, float cut, int64_t width, double slip,
+void bounds_of(const int8_t* bytes, const RowBound& key, float bias, float cut, int64_t D, int64_t width, double slip,
                float* consts) {
   float &a = consts[0], &b = consts[kGroup], &c = consts[2 * kGroup], &e = consts[3 * kGroup];
-  if (key.odd || !std::isfinite(bias)) {
+  // A score that overflows to -inf is 0 after relu, but NaN after the others.
+  const bool vast = cut != 0.0f && std::fabs(bias) > kMostBias;
+  if (key.odd || vast || !std::isfinite(bias)) {
     a = b = e = 0.0f;
     c = std::numeric_limits<float>::infinity();
     return;
@@ -78,7 +82,9 @@ void bounds_of(const int8_t* bytes, const RowBound& key, float bias, float cut, 
   b = round_up((key.error + rounding * (norm + whole) + slip * norm) * (1.0 + 32.0 * kUnit));
   e = round_up(static_cast<double>(key.rest) * (1.0 + 32.0 * kUnit));
   const double offset = (static_cast<double>(bias) - static_cast<double>(cut)) * key.scale;
-  const double slack = 32.0 * kUnit * (std::fabs(offset) + std::fabs(static_cast<double>(bias)) * key.scale);
+  // The fp32 sum may take the bias in anywhere: it is rounded as often as the products are.
+  const double summed = (static_cast<double>(D) + 128.0) * kUnit * std::fabs(static_cast<double>(bias)) * key.scale;
+  const double slack = 32.0 * kUnit * std::fabs(offset) + summed;
   c = round_up(offset + slack);
 }
 
@@ -147,8 +153,9 @@ void pack_keys(const void* keys, int64_t keys_stride, const void* bias, DType dt
   XPATCH_CHECK((keys != nullptr && bias != nullptr) || N == 0, "pack_keys: keys or bias is a null pointer");
   XPATCH_CHECK(packed != nullptr, "pack_keys: packed is a null pointer");
   XPATCH_CHECK(threads >= 1, "pack_keys: threads must be at least 1, found " << threads);
-  XPATCH_CHECK(rank >= 0 && rank <= D && (rank == 0) == (basis == nullptr),
-               "pack_keys: expected a basis of at most D=" << D << " directions, found rank " << rank);
+  XPATCH_CHECK(
+      rank >= 0 && rank <= std::min(D, kMaxRank) && (rank == 0) == (basis == nullptr),
+      "pack_keys: expected a basis of at most " << std::min(D, kMaxRank) << " directions, found rank " << rank);
   const Layout layout(N, D, rank);
   Header header = {};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
@@ -191,7 +198,7 @@ void pack_keys(const void* keys, int64_t keys_stride, const void* bias, DType dt
     for (int64_t i = 0; i < count; ++i) {
       RowBound bound;
       kernels.quantise(rows[i], D, work, bytes.get(), &bound);
-      bounds_of(bytes.get(), bound, biases[i], cut, D, 0.0, consts + i);
+      bounds_of(bytes.get(), bound, biases[i], cut, D, D, 0.0, consts + i);
       put_key(bytes.get(), full.steps, i, group);
     }
     std::memcpy(group + full.steps * kStepBytes, consts, sizeof consts);
@@ -203,7 +210,7 @@ void pack_keys(const void* keys, int64_t keys_stride, const void* bias, DType dt
     for (int64_t i = 0; i < count; ++i) {
       RowBound bound;
       kernels.coarsen(rows[i], D, projected + i * rank, rank, header.skew, work, bytes.get(), &bound);
-      bounds_of(bytes.get(), bound, biases[i], cut, rank, slip, consts + i);
+      bounds_of(bytes.get(), bound, biases[i], cut, D, rank, slip, consts + i);
       put_key(bytes.get(), coarse.steps, i, group);
     }
     std::memcpy(group + coarse.steps * kStepBytes, consts, sizeof consts);
@@ -221,8 +228,8 @@ PackedKeys read_packed(const uint8_t* packed, int64_t bytes, int64_t N, int64_t 
                "packed keys: expected N=" << N << " D=" << D << " activation code " << static_cast<int>(activation)
                                           << "; found N=" << header.N << " D=" << header.D << " activation code "
                                           << header.activation << "; pack the keys that are served");
-  XPATCH_CHECK(can_screen(activation, D) && N >= 0 && header.rank >= 0 && header.rank <= D && header.skew >= 0.0f &&
-                   header.skew <= static_cast<float>(kSkewAtMost) * 1.01f,
+  XPATCH_CHECK(can_screen(activation, D) && N >= 0 && header.rank >= 0 && header.rank <= std::min(D, kMaxRank) &&
+                   header.skew >= 0.0f && header.skew <= static_cast<float>(kSkewAtMost) * 1.01f,
                "packed keys: the header is damaged (rank " << header.rank << ", skew " << header.skew << ")");
   const Layout layout(N, D, header.rank);
   XPATCH_CHECK(header.bytes == layout.bytes && bytes == layout.bytes,

@@ -11,7 +11,9 @@ namespace {
 
 constexpr int W = Vec::width;
 constexpr float kUnit = 0x1.0p-24f;  // half an ulp of 1
-constexpr float kLeast = 0x1.0p-100f, kMost = 0x1.0p100f;
+// Between these lies the largest coordinate of what can be screened: no sum over the products with another such row
+// overflows, and what underflow takes from it, flushed to zero or not, is far below rounding (PROOF.md, section 4).
+constexpr float kLeast = 0x1.0p-40f, kMost = 0x1.0p55f;
 
 // --- The rotation: random signs, then Walsh-Hadamard transforms of 4^j coordinates ---------------------------------
 
@@ -202,7 +204,7 @@ void coarsen(const float* row, int64_t D, float* projected, int64_t rank, float 
   const uint32_t bits = largest_bits(row, D);
   float most;
   std::memcpy(&most, &bits, sizeof most);
-  if (bits != 0 && !(most >= 0x1.0p-50f && most <= 0x1.0p50f)) {  // squares must neither overflow nor vanish
+  if (bits != 0 && !(most >= kLeast && most <= kMost)) {
     *bound = RowBound();
     bound->odd = true;
     std::memset(bytes, 0, static_cast<size_t>((rank + 3) / 4 * 4));
@@ -216,7 +218,9 @@ void coarsen(const float* row, int64_t D, float* projected, int64_t rank, float 
   const double sure = along > slip ? along - slip : 0.0;
   const double rest = norm * norm - sure * sure / (1.0 + static_cast<double>(skew));
   const double inflate = static_cast<double>(bound->scale) * (1.0 + 16.0 * kUnit);
-  bound->norm = static_cast<float>(norm * inflate);
+  // A basis that is not quite orthonormal can make the projection longer than the row.
+  const float whole = static_cast<float>(norm * inflate);
+  bound->norm = bound->norm > whole ? bound->norm : whole;
   bound->rest = rest > 0.0 ? static_cast<float>(std::sqrt(rest) * inflate) : 0.0f;
 }
 
