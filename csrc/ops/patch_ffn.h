@@ -31,6 +31,12 @@ struct PatchFfn {
   int64_t x_stride = 0, keys_stride = 0, values_stride = 0;
   DType dtype = DType::fp32;
   Activation activation = Activation::relu;
+  // Language masks: row m uses row language[m] of both. mask_inner[L,D] and mask_outer[L,V] are dense, either may be
+  // null.
+  const void* mask_inner = nullptr;
+  const void* mask_outer = nullptr;
+  const int64_t* language = nullptr;  // [M]
+  int64_t L = 0;
 
   // Only patch_ffn_cuda reads what follows.
   void* workspace = nullptr;  // patch_ffn_cuda_workspace bytes; nothing in it outlives the call
@@ -42,10 +48,6 @@ struct PatchFfn {
   // epoch[1] says which half is meant, live[2] how many of its first neurons are in use. The others are never read.
   const int64_t* epoch = nullptr;
   const int64_t* live = nullptr;
-  const void* mask_inner = nullptr;   // [L,D], dense; null: none
-  const void* mask_outer = nullptr;   // [L,V], dense; null: none
-  const int64_t* language = nullptr;  // [M], rows of the masks
-  int64_t L = 0;
 };
 
 // Throws Error for sizes, strides or pointers that cannot be right.

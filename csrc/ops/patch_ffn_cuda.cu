@@ -62,16 +62,12 @@ template <typename T>
 __device__ inline void emit(const PatchFfn& op, const Pass& pass, const InUse& in_use, int64_t row, int64_t neuron,
                             float score) {
   const bool real = neuron < in_use.count;
-  float z = 0.0f, h = 0.0f;
-  if (real) {
-    z = score + as_float(static_cast<const T*>(op.bias)[in_use.first + neuron]);
-    h = activate(op.activation, z);
-  }
+  float h = 0.0f;
+  if (real) h = activate(op.activation, score + as_float(static_cast<const T*>(op.bias)[in_use.first + neuron]));
   const bool fires = h != 0.0f;  // NaN does
   const unsigned word = __ballot_sync(kAllLanes, fires);
   if (real && threadIdx.x % kWarp == 0) pass.bits[row * pass.word_stride + neuron / 32] = word;
   if (fires) pass.h[row * pass.h_stride + neuron] = h;
-  if (real && op.fired != nullptr) op.fired[(pass.row0 + row) * op.N + pass.neuron0 + neuron] = z > 0.0f;
 }
 
 // The row of masks [L,width] for row `row` of x; null for a language that is not there.
@@ -407,12 +403,11 @@ void launch_all(const PatchFfn& op, cudaStream_t stream) {
     for (pass.neuron0 = 0; pass.neuron0 < op.N; pass.neuron0 += plan.pass) {
       pass.neurons = std::min(plan.pass, op.N - pass.neuron0);
       launch_scores<T>(op, pass, stream);
-      if (op.V == 0) continue;
       const dim3 shares = grid(plan.splits, plan.row_groups, plan.column_tiles);
       plan.panel == 1 ? launch(mix<T, 1>, shares, kMixThreads, stream, op, pass)
                       : launch(mix<T, kMixRows>, shares, kMixThreads, stream, op, pass);
     }
-    if (op.V > 0) launch_finish<T>(op, pass, stream);
+    launch_finish<T>(op, pass, stream);
   }
 }
 
@@ -421,15 +416,15 @@ void launch_all(const PatchFfn& op, cudaStream_t stream) {
 int64_t patch_ffn_cuda_workspace(const PatchFfn& op) { return Plan(op).bytes; }
 
 void patch_ffn_cuda(const PatchFfn& op, void* stream_handle) {
-  check(op);
+  PatchFfn on_host = op;  // languages lie in device memory, where nothing can be checked from here
+  on_host.mask_inner = on_host.mask_outer = nullptr, on_host.language = nullptr;
+  check(on_host);
   XPATCH_CHECK((op.epoch == nullptr) == (op.live == nullptr), "patch_ffn: epoch and live come together");
-  XPATCH_CHECK(op.live == nullptr || op.fired == nullptr,
-               "patch_ffn: which neurons fired is not told with a live count");
   XPATCH_CHECK((op.mask_inner == nullptr && op.mask_outer == nullptr) || op.M == 0 || op.language != nullptr,
                "patch_ffn: language is a null pointer, but there are masks");
   XPATCH_CHECK(op.y == nullptr || op.M <= 1 || op.y_stride >= op.V,
                "patch_ffn: y row stride must be at least V=" << op.V << ", found " << op.y_stride);
-  if (op.M == 0 || (op.V == 0 && op.fired == nullptr)) return;
+  if (op.M == 0 || op.V == 0) return;
   const int64_t needed = patch_ffn_cuda_workspace(op);
   XPATCH_CHECK(op.workspace_bytes >= needed && (needed == 0 || op.workspace != nullptr),
                "patch_ffn: expected a workspace of " << needed << " bytes, found " << op.workspace_bytes);

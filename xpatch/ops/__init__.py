@@ -5,6 +5,7 @@ and ``mask`` are plain torch and live in :mod:`xpatch.ops.reference`.
 """
 
 from xpatch.ops.reference import ACTIVATIONS, activate, canonical_activation, dense, lowrank, mask
+from xpatch.ops.registry.capacity import patch_ffn_capacity
 from xpatch.ops.registry.library import in_torch_func
 from xpatch.ops.registry.patch_ffn import patch_ffn, patch_ffn_fired
 
@@ -17,5 +18,6 @@ __all__ = [
     "lowrank",
     "mask",
     "patch_ffn",
+    "patch_ffn_capacity",
     "patch_ffn_fired",
 ]

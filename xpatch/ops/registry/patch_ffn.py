@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xpatch.ops import native, reference
 from xpatch.ops.registry.library import call_native, define, dense_rows, implement, in_torch_func, library, refuse
+from xpatch.ops.registry.on_cuda import patch_ffn_on_cuda
 
 _CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
@@ -100,13 +101,14 @@ def _run_native(
 def _run(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> Tensor:
     activation = _check(x, keys, bias, values, activation)
     if native.backend_for(x.device.type, x.dtype) == "native":
-        return _run_native(x, keys, bias, values, activation)
+        run = patch_ffn_on_cuda if x.device.type == "cuda" else _run_native
+        return run(x, keys, bias, values, activation)
     return reference.patch_ffn(x, keys, bias, values, activation)
 
 
 def _run_fired(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     activation = _check(x, keys, bias, values, activation)
-    if native.backend_for(x.device.type, x.dtype) == "native":
+    if x.device.type == "cpu" and native.backend_for(x.device.type, x.dtype) == "native":
         fired = x.new_empty((*x.shape[:-1], keys.shape[0]), dtype=torch.bool)
         return _run_native(x, keys, bias, values, activation, fired), fired
     return reference.patch_ffn_fired(x, keys, bias, values, activation)
