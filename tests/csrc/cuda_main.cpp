@@ -309,6 +309,10 @@ void test_large() {
   test(c);
   c.dtype = DType::fp16, c.activation = Activation::gelu, c.capacity = 90, c.epoch = 1;
   test(c);
+  // More groups of neurons than shares: a block compacts several, one after the other.
+  c = {};
+  c.M = 256, c.D = 8, c.N = 4700, c.V = 8, c.activation = Activation::identity, c.dtype = DType::bf16;
+  test(c);
   // More neurons than one pass holds.
   c = {};
   c.M = 1, c.D = 4, c.N = 65536 + 700, c.V = 3, c.middle = -2.0f, c.capacity = 65536 + 900, c.y = 1;

@@ -76,6 +76,11 @@ def with_cuda(tmp_path_factory):
 
 
 @needs_nvcc
+def test_builds_with_cuda(with_cuda):
+    assert with_cuda.exists()
+
+
+@needs_nvcc
 def test_cuda_kernels_on_the_gpu(with_cuda):
     done = subprocess.run([with_cuda, "2000"], capture_output=True, text=True, timeout=SLOW_BUILD)
     if done.returncode == 77:
@@ -114,7 +119,7 @@ def test_cuda_kernels_load_16_bytes_and_use_tensor_cores(tmp_path):
     run("nvcc", "-std=c++17", f"-I{ROOT / 'csrc'}", "-arch=compute_90", "-ptx", "-o", ptx, source)
     code = ptx.read_text(encoding="utf-8")
     assert ".target sm_90" in code
-    kernels = {name: body for name, body in re.findall(r"\.entry (\w+)\((.*?)\n}", code, re.S)}
+    kernels = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", code, re.S))
     for name in ("stream_scores", "tile_scores", "mix"):
         found = [body for kernel, body in kernels.items() if name in kernel]
         assert found and all("ld.global.nc.v4" in body for body in found), name
