@@ -150,6 +150,13 @@ def patch_ffn_cuda(
     values_stride: int,
     dtype: int,
     activation: int,
+    y: int,
+    y_stride: int,
+    y_dtype: int,
+    epoch: int,
+    live: int,
+    workspace: int,
+    workspace_bytes: int,
     stream: int,
     /,
 ) -> None: ...
@@ -170,3 +177,4 @@ def pack_keys_cpu(
     /,
 ) -> None: ...
 def int8_peak(threads: int, /) -> float: ...
+def patch_ffn_cuda_workspace(M: int, D: int, N: int, V: int, dtype: int, mask_inner: bool, /) -> int: ...

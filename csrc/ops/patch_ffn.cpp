@@ -364,6 +364,8 @@ PatchFfnResult patch_ffn(const PatchFfn& op, const uint8_t* packed, int64_t pack
 void patch_ffn_cuda(const PatchFfn&, void*) {
   throw Error("patch_ffn: this build has no CUDA kernels (build option XPATCH_CUDA)");
 }
+
+int64_t patch_ffn_cuda_workspace(const PatchFfn&) { return 0; }
 #endif
 
 }  // namespace xpatch

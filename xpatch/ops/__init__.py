@@ -6,6 +6,7 @@
 
 from xpatch.ops.reference import ACTIVATIONS, activate, canonical_activation, dense
 from xpatch.ops.registry.ball import ball
+from xpatch.ops.registry.capacity import patch_ffn_capacity
 from xpatch.ops.registry.library import in_torch_func
 from xpatch.ops.registry.lowrank import lowrank
 from xpatch.ops.registry.mask import mask
@@ -23,6 +24,7 @@ __all__ = [
     "mask",
     "pack_keys",
     "patch_ffn",
+    "patch_ffn_capacity",
     "patch_ffn_fired",
     "screening_stats",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xpatch.ops import native, reference
 from xpatch.ops.registry.library import call_native, define, dense_rows, implement, in_torch_func, library, refuse
+from xpatch.ops.registry.on_cuda import patch_ffn_on_cuda
 
 CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
@@ -231,6 +232,8 @@ def _run(
         out, result = native_call(x, keys, bias, values, activation, packed, (mask_inner, mask_outer, language))
         if not result[0]:
             return out
+    elif x.device.type == "cuda" and native.backend_for("cuda", x.dtype) == "native":
+        return patch_ffn_on_cuda(x, keys, bias, values, activation, (mask_inner, mask_outer, language))
     return reference.patch_ffn(x, keys, bias, values, activation, mask_inner, mask_outer, language)
 
 
