@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f)
-CPP    := $(NATIVE) $(wildcard tests/csrc/*.cpp)
+CPP    := $(filter-out %.md,$(NATIVE)) $(wildcard tests/csrc/*.cpp tests/csrc/*.h)
 
 .PHONY: help setup test test-slow demo bench lint format wheel clean
 

@@ -1,4 +1,4 @@
-"""The two charts of a cross-lingual result, and how a row's values are read."""
+"""The charts of a cross-lingual result and of a kernel result, and how a row's values are read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .machine import write_text
-from .svg import Series, points
+from .svg import Line, Panel, Series, curves, points
 
 COLOURS = {"original": 0, "ft": 1, "t-patcher": 2, "mpn-only": 3, "mpn": 4}
 
@@ -66,6 +66,30 @@ def unseen_chart(result: Mapping[str, Any]) -> str:
         series,
         f"Paraphrases never trained on, of the {which}; 95 % intervals.",
     )
+
+
+def cost_chart(result: Mapping[str, Any]) -> str:
+    """The cost of a call against the number of patches: dense PyTorch, the kernel, and a plain read of the int8 keys; a panel for each M."""
+    sides = (("dense PyTorch", "dense", 1), ("xpatch", "kernel", 4), ("reading the int8 keys once", "floor", 0))
+    rows = sorted(result["rows"], key=lambda row: row["n"])
+
+    def spread(row: Mapping[str, Any], side: str) -> tuple[float, float, float, float]:
+        middle, half = row[f"{side}_ms"], row[f"{side}_iqr_ms"] / 2
+        return float(row["n"]), middle, middle - half, middle + half
+
+    panels = [
+        Panel(
+            f"{count} row{'s' * (count > 1)} a call, ms",
+            [
+                Line(name, [spread(row, side) for row in rows if row["m"] == count], colour)
+                for name, side, colour in sides
+            ],
+        )
+        for count in sorted({row["m"] for row in rows})
+    ]
+    widths = ", ".join(sorted({f"D={row['d']} {row['dtype']}, {row['threads']} threads" for row in rows}))
+    note = f"Patches trained by the default preset. {widths}. Medians; bars: the distance between the quartiles."
+    return curves("What patches cost, against their number", panels, "patch neurons", "ms", note)
 
 
 def best_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from xpatch.ops import native
 
 VERSIONS = ("xpatch", "torch", "transformers", "tokenizers", "numpy", "onnxruntime")
 
@@ -47,6 +50,12 @@ def cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def native_build() -> str | None:
+    """16 hex digits of the native build, None without one: another kernel is another measurement."""
+    path = native.load().__file__ if native.available() else None
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def write_json(data: Any, path: Path) -> None:

@@ -2,7 +2,7 @@
 
     python -m xpatch.benchmarks.readme README.md
 
-reads `crosslingual.json` (and, where they are, `demo.json`, `swap.json` and the charts) from `benchmarks/results/` beside the README.
+reads `crosslingual.json` (and, where they are, `demo.json`, `swap.json`, `kernel.json`, `kernel_stretch.json`, `latency.json` and the charts) from `benchmarks/results/` beside the README.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from xpatch import FormatError
 
+from . import markdown, speed_blocks
 from .charts import languages_of
 from .machine import write_text
 
@@ -59,7 +60,22 @@ def block(results: Path) -> str:
     swap = _read(results / "swap.json")
     if swap is not None:
         parts.append(swap_table(swap))
-    return "\n\n".join(parts)
+    return "\n\n".join((*parts, *_speed(results)))
+
+
+def _speed(results: Path) -> list[str]:
+    """The kernel's and whole models' tables, each where its result file is."""
+    parts = []
+    for name, made in (("kernel.json", speed_blocks.kernel_block), ("kernel_stretch.json", speed_blocks.stretch_note)):
+        found = _read(results / name)
+        if found is not None:
+            parts.append(made(found))
+    if (results / "kernel_stretch.svg").is_file():
+        parts.append(f"![What patches cost, against their number]({(RESULTS / 'kernel_stretch.svg').as_posix()})")
+    latency = _read(results / "latency.json")
+    if latency is not None:
+        parts.append(speed_blocks.latency_block(latency))
+    return parts
 
 
 def paper_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -84,7 +100,7 @@ def paper_table(rows: Sequence[Mapping[str, Any]]) -> str:
             )
         seen.add(row["name"])
     note = "Published: MPN's Table 1, another model (mBERT) and data set (XFEVER): compare differences, not rows."
-    return f"{_markdown(heads, body)}\n\n{note}"
+    return f"{markdown.table(heads, body)}\n\n{note}"
 
 
 def user_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -105,7 +121,7 @@ def user_table(rows: Sequence[Mapping[str, Any]]) -> str:
         if row.get("patches") or row.get("edits")
         for title, field in fields.items()
     ]
-    return _markdown(["method", "%", *languages], body)
+    return markdown.table(["method", "%", *languages], body)
 
 
 def swap_table(result: Mapping[str, Any]) -> str:
@@ -147,7 +163,7 @@ def swap_table(result: Mapping[str, Any]) -> str:
         notes.append(
             f"`import xpatch` takes {result['import_ratio']:.2f} of `import torch`; with `xpatch.apply`, {result['import_in_use_ratio']:.2f}."
         )
-    table = _markdown(["a fix goes live", "median (ms)", "of a swap"], body)
+    table = markdown.table(["a fix goes live", "median (ms)", "of a swap"], body)
     return f"{table}\n\n{' '.join(notes)}"
 
 
@@ -171,12 +187,6 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def _markdown(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = ["|".join(("", *(f" {cell} " for cell in row), "")) for row in (heads, *body)]
-    rule = "|" + "|".join(["---", *["---:"] * (len(heads) - 1)]) + "|"
-    return "\n".join((lines[0], rule, *lines[1:]))
-
-
 def _origin(result: Mapping[str, Any]) -> str:
     header, protocol = result.get("header", {}), result.get("protocol", {})
     machine = header.get("machine", {})
@@ -195,7 +205,7 @@ def _origin(result: Mapping[str, Any]) -> str:
 
 
 def _demo(demo: Mapping[str, Any]) -> str:
-    latency = _markdown(
+    latency = markdown.table(
         ["one claim a call", "median (ms)", "between quartiles (ms)"],
         [[name, f"{found['p50_ms']:.2f}", f"{found['iqr_ms']:.2f}"] for name, found in demo["latency"].items()],
     )

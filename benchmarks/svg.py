@@ -1,4 +1,4 @@
-"""Two charts as self-contained SVG text: points with intervals, and lines. Light and dark, a shape as well as a colour a series."""
+"""Charts as self-contained SVG text: points with intervals, lines, and curves on logarithmic axes. Light and dark, a shape as well as a colour a series."""
 
 from __future__ import annotations
 
@@ -135,6 +135,63 @@ def lines(title: str, panels: Sequence[Panel], x_label: str, note: str = "", wid
     parts.append(_legend(list(shown.items()), left, False))
     parts.append(f'<text class="soft" x="{left}" y="{height - 6}">{escape(note)}</text>')
     return _document(title, parts, width, height)
+
+
+def curves(title: str, panels: Sequence[Panel], x_label: str, y_label: str, note: str = "", width: int = 880) -> str:
+    """Panels side by side, both axes logarithmic; a point's interval is drawn as a bar. Values and x are positive."""
+    left, right, top, bottom, height, gap = 54, 14, 96, 62, 440, 62
+    found = [point for panel in panels for line in panel.lines for point in line.points]
+    columns = _decades([point[0] for point in found])
+    rows = _decades([point[1] for point in found])
+    room = (width - left - right - gap * (len(panels) - 1)) / max(len(panels), 1)
+
+    def y(value: float) -> float:  # an interval that reaches below the scale ends at it
+        return top + (height - top - bottom) * (1 - _along(max(value, rows[0]), rows))
+
+    parts = []
+    for p, panel in enumerate(panels):
+        x0 = left + p * (room + gap)
+        for tick in rows:
+            parts.append(
+                f'<line class="grid" x1="{x0:.1f}" x2="{x0 + room:.1f}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+            )
+            parts.append(f'<text class="soft" x="{x0 - 8:.1f}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        for tick in columns:
+            place = x0 + 12 + (room - 24) * _along(tick, columns)
+            parts.append(
+                f'<text class="soft" x="{place:.1f}" y="{height - bottom + 18}" text-anchor="middle">{tick:,.0f}</text>'
+            )
+        parts.append(f'<text class="b" x="{x0:.1f}" y="{top - 12}">{escape(panel.title)}</text>')
+        parts.append(
+            f'<text class="soft" x="{x0 + room / 2:.1f}" y="{height - bottom + 36}" text-anchor="middle">{escape(x_label)}</text>'
+        )
+        for line in panel.lines:
+            places = [(x0 + 12 + (room - 24) * _along(point[0], columns), point) for point in line.points]
+            path = " ".join(f"{x:.1f},{y(point[1]):.1f}" for x, point in places)
+            parts.append(f'<polyline class="l{line.colour}" stroke-width="2" points="{path}"/>')
+            for x, (count, value, low, high) in places:
+                told = escape(f"{line.name}, {count:,.0f}: {value:.3g} {y_label} ({low:.3g} to {high:.3g})")
+                parts.append(
+                    f'<g><title>{told}</title><line class="c{line.colour}" stroke-width="2" x1="{x:.1f}" x2="{x:.1f}" y1="{y(low):.1f}" '
+                    f'y2="{y(high):.1f}"/><path class="c{line.colour}" transform="translate({x:.1f} {y(value):.1f})" d="{_SHAPES[line.colour % 5]}"/></g>'
+                )
+    parts.append(
+        _legend(list({line.name: line.colour for panel in panels for line in panel.lines}.items()), left, False)
+    )
+    parts.append(f'<text class="soft" x="{left}" y="{height - 6}">{escape(note)}</text>')
+    return _document(title, parts, width, height)
+
+
+def _decades(found: Sequence[float]) -> list[float]:
+    """Powers of ten around the values, at least two."""
+    known = [value for value in found if value > 0] or [1.0]
+    first, last = math.floor(math.log10(min(known)) + 1e-9), math.ceil(math.log10(max(known)) - 1e-9)
+    return [10.0**power for power in range(first, max(last, first + 1) + 1)]
+
+
+def _along(value: float, decades: Sequence[float]) -> float:
+    """Where a value lies between the first decade (0) and the last (1)."""
+    return math.log(value / decades[0]) / math.log(decades[-1] / decades[0])
 
 
 def _span(found: Sequence[float]) -> tuple[float, float]:

@@ -186,3 +186,31 @@ def _counted(sizes: dict[str, Any], layers: int) -> dict[str, Any]:
 def token_ids() -> torch.Tensor:
     """`[3, 7]`, no special tokens."""
     return torch.randint(5, 99, (3, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def drawn_cases() -> Callable[..., Any]:
+    """In the place of `xpatch.benchmarks.trained.cases`: patches that are drawn instead of trained, in no time."""
+    from types import SimpleNamespace
+
+    def cases(
+        kind: str,
+        neurons: int,
+        rows: int,
+        width: int,
+        *,
+        seed: int,
+        positions: str = "read",
+        progress: bool | None = None,
+    ) -> Any:
+        draw = torch.Generator().manual_seed(seed)
+        x, y = (torch.randn(rows, width, generator=draw) for _ in range(2))
+        keys = torch.randn(neurons, width, generator=draw) / width**0.5
+        bias = torch.full((neurons,), 9.0 if kind == "adversarial" else -2.5)
+        values = torch.randn(neurons, width, generator=draw)
+        activation = "gelu" if kind == "paper" else "relu"
+        found = {"edges": [-9.0, 0.0, 9.0], "shares": [0.99, 0.01]}
+        told = {"histogram": found, "source": "drawn", "info": {"positions": positions}}
+        return SimpleNamespace(keys=keys, bias=bias, values=values, x=x, y=y, activation=activation, **told)
+
+    return cases

@@ -17,7 +17,7 @@ from xpatch._version import __version__
 from xpatch.errors import BackendError, ConflictError, FormatError, MismatchError, XpatchError
 
 if TYPE_CHECKING:
-    from xpatch.api import Rows, apply, disabled, prepare, remove, rows, status
+    from xpatch.api import Rows, apply, disabled, optimize, prepare, remove, rows, status
     from xpatch.editors import edit, methods
     from xpatch.evaluation import evaluate
     from xpatch.patches.limits import Limits
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from xpatch.watch import explain, firings
 
 _HOME = {
-    "xpatch.api": ("Rows", "apply", "disabled", "prepare", "remove", "rows", "status"),
+    "xpatch.api": ("Rows", "apply", "disabled", "optimize", "prepare", "remove", "rows", "status"),
     "xpatch.editors": ("edit", "methods"),
     "xpatch.evaluation": ("evaluate",),
     "xpatch.patches.limits": ("Limits",),
@@ -71,6 +71,7 @@ __all__ = [
     "firings",
     "load",
     "methods",
+    "optimize",
     "prepare",
     "remove",
     "retrain",

@@ -1,4 +1,5 @@
-# Types of the compiled module (csrc/bindings/). Pointers and streams are plain integers, 0 for a tensor that is not there.
+# Types of the compiled module (csrc/bindings/). Pointers and streams are plain integers, 0 where a tensor is left out.
+# What returns bool says False where it left the work to the framework.
 from typing import Any
 
 __version__: str
@@ -6,6 +7,104 @@ __version__: str
 class NativeError(ValueError): ...
 
 def info() -> dict[str, Any]: ...
+def ball_cpu(
+    x: int,
+    keys: int,
+    radii: int,
+    out: int,
+    M: int,
+    D: int,
+    K: int,
+    x_stride: int,
+    keys_stride: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def ball_cuda(
+    x: int,
+    keys: int,
+    radii: int,
+    out: int,
+    M: int,
+    D: int,
+    K: int,
+    x_stride: int,
+    keys_stride: int,
+    dtype: int,
+    stream: int,
+    /,
+) -> None: ...
+def lowrank_cpu(
+    x: int,
+    down: int,
+    up: int,
+    offsets: int,
+    rows: int,
+    out: int,
+    M: int,
+    D: int,
+    R: int,
+    V: int,
+    G: int,
+    repeat: int,
+    x_stride: int,
+    down_stride: int,
+    up_stride: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> bool: ...
+def lowrank_cuda(
+    x: int,
+    down: int,
+    up: int,
+    offsets: int,
+    rows: int,
+    out: int,
+    M: int,
+    D: int,
+    R: int,
+    V: int,
+    G: int,
+    repeat: int,
+    x_stride: int,
+    down_stride: int,
+    up_stride: int,
+    dtype: int,
+    stream: int,
+    /,
+) -> bool: ...
+def mask_cpu(
+    x: int,
+    masks: int,
+    language: int,
+    out: int,
+    M: int,
+    D: int,
+    L: int,
+    repeat: int,
+    x_stride: int,
+    masks_stride: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> bool: ...
+def mask_cuda(
+    x: int,
+    masks: int,
+    language: int,
+    out: int,
+    M: int,
+    D: int,
+    L: int,
+    repeat: int,
+    x_stride: int,
+    masks_stride: int,
+    dtype: int,
+    stream: int,
+    /,
+) -> bool: ...
 def patch_ffn_cpu(
     x: int,
     keys: int,
@@ -51,6 +150,13 @@ def patch_ffn_cuda(
     values_stride: int,
     dtype: int,
     activation: int,
+    y: int,
+    y_stride: int,
+    y_dtype: int,
+    epoch: int,
+    live: int,
+    workspace: int,
+    workspace_bytes: int,
     stream: int,
     /,
 ) -> None: ...
@@ -71,3 +177,4 @@ def pack_keys_cpu(
     /,
 ) -> None: ...
 def int8_peak(threads: int, /) -> float: ...
+def patch_ffn_cuda_workspace(M: int, D: int, N: int, V: int, dtype: int, mask_inner: bool, /) -> int: ...

@@ -8,4 +8,7 @@
 
 namespace py = pybind11;
 
+void bind_ball(py::module_& m);
+void bind_lowrank(py::module_& m);
+void bind_mask(py::module_& m);
 void bind_patch_ffn(py::module_& m);

@@ -44,5 +44,8 @@ PYBIND11_MODULE(_native, m) {
   m.attr("__version__") = XPATCH_VERSION;
   py::register_exception<xpatch::Error>(m, "NativeError", PyExc_ValueError);
   m.def("info", &info);
+  bind_ball(m);
+  bind_lowrank(m);
+  bind_mask(m);
   bind_patch_ffn(m);
 }

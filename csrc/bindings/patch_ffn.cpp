@@ -68,10 +68,28 @@ py::tuple patch_ffn_cpu(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t v
 void patch_ffn_cuda(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out, uintptr_t mask_inner,
                     uintptr_t mask_outer, uintptr_t language, int64_t M, int64_t D, int64_t N, int64_t V, int64_t L,
                     int64_t x_stride, int64_t keys_stride, int64_t values_stride, int dtype, int activation,
-                    uintptr_t stream) {
-  xpatch::patch_ffn_cuda(patch_ffn_from(x, keys, bias, values, out, mask_inner, mask_outer, language, M, D, N, V, L,
-                                        x_stride, keys_stride, values_stride, dtype, activation),
-                         reinterpret_cast<void*>(stream));
+                    uintptr_t y, int64_t y_stride, int y_dtype, uintptr_t epoch, uintptr_t live, uintptr_t workspace,
+                    int64_t workspace_bytes, uintptr_t stream) {
+  XPATCH_CHECK(xpatch::is_dtype(y_dtype), "patch_ffn: unknown dtype code " << y_dtype);
+  xpatch::PatchFfn op = patch_ffn_from(x, keys, bias, values, out, mask_inner, mask_outer, language, M, D, N, V, L,
+                                       x_stride, keys_stride, values_stride, dtype, activation);
+  op.y = reinterpret_cast<const void*>(y);
+  op.y_stride = y_stride;
+  op.y_dtype = static_cast<xpatch::DType>(y_dtype);
+  op.epoch = reinterpret_cast<const int64_t*>(epoch);
+  op.live = reinterpret_cast<const int64_t*>(live);
+  op.workspace = reinterpret_cast<void*>(workspace);
+  op.workspace_bytes = workspace_bytes;
+  xpatch::patch_ffn_cuda(op, reinterpret_cast<void*>(stream));
+}
+
+int64_t patch_ffn_cuda_workspace(int64_t M, int64_t D, int64_t N, int64_t V, int dtype, bool mask_inner) {
+  XPATCH_CHECK(xpatch::is_dtype(dtype), "patch_ffn: unknown dtype code " << dtype);
+  xpatch::PatchFfn op;
+  op.M = M, op.D = D, op.N = N, op.V = V;
+  op.dtype = static_cast<xpatch::DType>(dtype);
+  op.mask_inner = mask_inner ? &op : nullptr;
+  return xpatch::patch_ffn_cuda_workspace(op);
 }
 
 int64_t packed_bytes(int64_t N, int64_t D, int64_t rank) {
@@ -102,4 +120,5 @@ void bind_patch_ffn(py::module_& m) {
   m.def("packed_bytes", &packed_bytes);
   m.def("pack_keys_cpu", &pack_keys, py::call_guard<py::gil_scoped_release>());
   m.def("int8_peak", &int8_peak, py::call_guard<py::gil_scoped_release>());
+  m.def("patch_ffn_cuda_workspace", &patch_ffn_cuda_workspace);
 }

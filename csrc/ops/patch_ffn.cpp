@@ -15,12 +15,12 @@ namespace {
 // Work is cut the same way whatever the number of threads. A block of rows and a block of keys stay in the L2 cache.
 constexpr int64_t kPanelRows = 4096;  // rows whose bytes are held at once
 constexpr int64_t kRowsAtOnce = 16;   // rows rounded together
-constexpr int64_t kBlockRows = 96;
+constexpr int64_t kBlockRows = 192;
 constexpr int64_t kBlockGroups = 32;
 constexpr int64_t kBlockColumns = 256;
 constexpr int64_t kValuesAtOnce = 32;     // value rows widened at once
 constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds below which waking threads costs more than it saves
-constexpr int64_t kSampledRows = 4, kSampledGroups = 16;
+constexpr int64_t kSampledRows = 16, kSampledGroups = 16;
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
@@ -41,7 +41,7 @@ struct Hit {
 double dense_above(int64_t M) { return M <= 2 ? 0.6 : M <= 8 ? 0.35 : 0.2; }
 
 // The share of survivors above which the full stage pays beside the coarse one.
-double full_above(int64_t M) { return M <= 2 ? 0.06 : 0.015; }
+double full_above(int64_t M) { return M <= 2 ? 0.06 : 0.008; }
 
 float fp32_at(const void* matrix, DType dtype, int64_t index) {
   float value;
@@ -129,7 +129,7 @@ class Call {
   }
 
   double sampled_share(int64_t rows) {
-    const int64_t some_rows = std::min(rows, kSampledRows);
+    const int64_t some_rows = std::min(std::max<int64_t>(rows / 8, 1), kSampledRows);  // an eighth at most
     const int64_t some_groups = std::min(std::max<int64_t>(packed_.count / 4, 1), kSampledGroups);
     int64_t found = 0;
     for (int64_t j = 0; j < some_rows; ++j) {
@@ -364,6 +364,8 @@ PatchFfnResult patch_ffn(const PatchFfn& op, const uint8_t* packed, int64_t pack
 void patch_ffn_cuda(const PatchFfn&, void*) {
   throw Error("patch_ffn: this build has no CUDA kernels (build option XPATCH_CUDA)");
 }
+
+int64_t patch_ffn_cuda_workspace(const PatchFfn&) { return 0; }
 #endif
 
 }  // namespace xpatch

@@ -35,6 +35,17 @@ struct PatchFfn {
   const void* mask_outer = nullptr;
   const int64_t* language = nullptr;  // [M]
   int64_t L = 0;
+
+  // Only patch_ffn_cuda reads what follows.
+  void* workspace = nullptr;  // patch_ffn_cuda_workspace bytes; nothing in it outlives the call
+  int64_t workspace_bytes = 0;
+  const void* y = nullptr;  // [M,V] of `y_dtype`: out = y + patch in `y_dtype`, rounded once; may be `out` itself
+  int64_t y_stride = 0;
+  DType y_dtype = DType::fp32;
+  // Both or neither, read by the kernels: keys, bias and values have two halves of N neurons, one behind the other;
+  // epoch[1] says which half is meant, live[2] how many of its first neurons are in use. The others are never read.
+  const int64_t* epoch = nullptr;
+  const int64_t* live = nullptr;
 };
 
 // Throws Error for sizes, strides or pointers that cannot be right, and for a language outside [0, L).
@@ -55,9 +66,12 @@ struct PatchFfnResult {
 PatchFfnResult patch_ffn(const PatchFfn& op, const uint8_t* packed, int64_t packed_bytes, bool always, bool want_fired,
                          int threads);
 
-// Launches on the caller's CUDA stream: no allocation, no synchronisation. Throws Error when the launch fails or when
-// this build has no CUDA kernels.
+// Launches on the caller's CUDA stream: no allocation, no synchronisation. The result depends on the sizes and inputs
+// alone, to the bit. Throws Error when the launch fails or when this build has no CUDA kernels.
 void patch_ffn_cuda(const PatchFfn& op, void* stream);
+
+// Bytes that patch_ffn_cuda needs at op.workspace: a function of the sizes, the dtype and whether there are masks.
+int64_t patch_ffn_cuda_workspace(const PatchFfn& op);
 
 // The CPU kernels of one instruction set (patch_ffn_cpu.cpp, compiled once for each). All arrays are fp32.
 struct PatchFfnKernels {

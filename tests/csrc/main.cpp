@@ -14,6 +14,8 @@
 #include "core/parallel.h"
 #include "ops/patch_ffn.h"
 
+int test_rows();  // rows.cpp
+
 namespace {
 
 #define EXPECT(condition)                                                          \
@@ -164,7 +166,7 @@ int main() {
   test_conversions();
   test_parallel_for();
   test_checks();
-  int cases = 0;
+  int cases = test_rows();
   for (int dtype = 0; dtype < 3; ++dtype) {
     for (int activation = 0; activation < 5; ++activation) {
       for (int64_t M : {0, 1, 3, 6, 33}) {

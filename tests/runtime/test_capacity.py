@@ -123,6 +123,63 @@ def test_a_swap_in_the_middle_of_a_replay_is_seen_by_the_next_one(tiny, token_id
     assert torch.allclose(logits, model(token_ids).logits, atol=1e-5) and not torch.allclose(logits, expected)
 
 
+def several(model, patch_of, count):
+    """A set of `count` parts of 5 neurons each at the last FFN."""
+    return xpatch.PatchSet(parts={f"p{i}": patch_of(model, "neurons", seed=40 + i).parts["part"] for i in range(count)})
+
+
+@torch.no_grad()
+def test_the_live_count_follows_swaps_and_what_lies_behind_it_is_never_read(tiny, token_ids, patch_of, captured):
+    device, capture_call = captured
+    ids = token_ids.to(device)
+    model = xpatch.prepare(tiny("bert").to(device), capacity=20)
+    base = model(ids).logits
+    replay = capture_call(model, ids)
+    assert torch.equal(replay(), base)
+    room = runtime_of(model).capacity
+    (site,) = room.buffers
+    for count in (1, 4, 2, 3, 0, 1):
+        if count:
+            xpatch.apply(model, several(model, patch_of, count), name="a")
+        else:
+            xpatch.remove(model, "a")
+        half = int(room.published)
+        assert int(room.live[site][half]) == 5 * count
+        for buffer in room.buffers[site]:  # NaN would spread to every logit
+            buffer[half, 5 * count :] = float("nan")
+            buffer[1 - half] = float("nan")
+        torch.testing.assert_close(replay(), model(ids).logits, atol=1e-4, rtol=1e-4)
+        assert torch.equal(replay(), base) == (count == 0)
+
+
+@torch.no_grad()
+def test_a_capture_copies_no_buffer(tiny, token_ids, patch_of):
+    model = xpatch.prepare(tiny("bert"), "all", capacity=12)
+    xpatch.apply(model, both_layers(model, patch_of, 1), name="a")
+    with capture(), Recorded() as graph:
+        model(token_ids)
+    buffers = {b.untyped_storage()._cdata for room in runtime_of(model).capacity.buffers.values() for b in room}
+    readers = [
+        function
+        for function, args, kwargs, _ in graph.kernels
+        if any(
+            isinstance(t, torch.Tensor) and t.untyped_storage()._cdata in buffers for t in tree_leaves((args, kwargs))
+        )
+    ]
+    assert readers == [torch.ops.xpatch.patch_ffn_capacity.default] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes_are_rounded_once(tiny, token_ids, patch_of, captured, dtype):
+    device, capture_call = captured
+    ids = token_ids.to(device)
+    model = xpatch.prepare(tiny("bert").to(device, dtype), capacity=12)
+    xpatch.apply(model, patch_of(model, "neurons"), name="a")
+    replay = capture_call(model, ids)
+    torch.testing.assert_close(replay(), model(ids).logits)
+
+
 @torch.no_grad()
 def test_disabled_while_capturing_captures_the_base(tiny, token_ids, patch_of):
     model = xpatch.prepare(tiny("bert"), capacity=8)

@@ -1,17 +1,19 @@
 """`xpatch bench crosslingual`: every method on the bundled verifier's edit set, with MPN's Table 1 beside it.
 
 `xpatch bench swap`: patches in production: swap against reload, a soak of many threads, crashes, damaged files, start-up.
+
+`xpatch bench kernel`: the patch kernel against dense PyTorch and against memory. `xpatch bench latency`: whole patched models.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from xpatch.cli.console import stdout
-from xpatch.cli.inputs import check_method, check_out_file, quiet_transformers
+from xpatch.cli.inputs import check_method, check_out_file, model_folder, quiet_transformers
 from xpatch.errors import XpatchError
 
 commands = typer.Typer(help="Measure editors and the runtime.", no_args_is_help=True, rich_markup_mode="rich")
@@ -88,6 +90,111 @@ def swap(
         )
     stdout().print(benchmark.table(result))
     stdout().print(f"{json_file}", markup=False)
+
+
+@commands.command()
+def kernel(
+    json_file: Annotated[
+        Path, typer.Option("--json", help="Result file; finished rows are kept beside it and reused.")
+    ],
+    quick: Annotated[bool, typer.Option("--quick", help="A small grid, in under a minute.")] = False,
+    stretch: Annotated[
+        bool, typer.Option("--stretch", help="From 1 000 to a million patches, with a chart beside the file.")
+    ] = False,
+    n: Annotated[str | None, typer.Option("--n", help="Numbers of patches, comma separated.")] = None,
+    m: Annotated[str | None, typer.Option("--m", help="Rows a call, comma separated.")] = None,
+    patches: Annotated[
+        str | None, typer.Option(help="default, paper, outlier, adversarial; comma separated (default: all).")
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option(help="Threads, comma separated (default: PyTorch's own number).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the patches.")] = 0,
+) -> None:
+    """Time the patch kernel against dense PyTorch and a plain read of its keys, on patches that were really trained.
+
+    Example: xpatch bench kernel --quick --json kernel.json
+    """
+    if quick and stretch:
+        raise XpatchError("--quick and --stretch are two grids; give one of them")
+    chosen = {"n": _numbers("--n", n), "m": _numbers("--m", m), "threads": _numbers("--threads", threads)}
+    kinds = [] if patches is None else _words("--patches", patches)
+    check_out_file(json_file, "--json")
+    from xpatch.benchmarks import kernel as benchmark
+
+    unknown = sorted(set(kinds).difference(benchmark.KINDS))
+    if unknown:
+        raise XpatchError(f"--patches: no kind {', '.join(unknown)}; kinds are {', '.join(benchmark.KINDS)}")
+    with quiet_transformers():
+        result = benchmark.run(json_file, quick=quick, stretch=stretch, patches=kinds, seed=seed, **chosen)
+    stdout().print(benchmark.table(result))
+    stdout().print(f"{json_file}", markup=False)
+
+
+@commands.command()
+def latency(
+    json_file: Annotated[
+        Path, typer.Option("--json", help="Result file; finished rows are kept beside it and reused.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(help="bert-base, xlmr-base, gpt2, llama-1b (random weights) or a model folder; comma separated."),
+    ] = "bert-base",
+    patches: Annotated[int | None, typer.Option(min=1, help="Patches (default: 4598, decoders 1000).")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, comma separated.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens a text, or in a decoder's cache before its step; comma separated.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="What runs the model: torch.")] = "torch",
+    quick: Annotated[bool, typer.Option("--quick", help="Short texts and small batches, in under a minute.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, inputs and patches.")] = 0,
+) -> None:
+    """Time whole models: unpatched, with xpatch.optimize alone, patched, and with the patches as two dense matmuls.
+
+    Example: xpatch bench latency --model bert-base --quick --json latency.json
+    """
+    chosen = {"batches": _numbers("--batch", batch), "tokens": _numbers("--tokens", tokens)}
+    names = _words("--model", model)
+    check_out_file(json_file, "--json")
+    from xpatch.benchmarks import model_latency as benchmark
+
+    with quiet_transformers():
+        models = [_subject(name) for name in names]
+        result = benchmark.run(
+            json_file, models=models, patches=patches, backend=backend, quick=quick, seed=seed, **chosen
+        )
+    stdout().print(benchmark.table(result))
+    stdout().print(f"{json_file}", markup=False)
+
+
+def _subject(name: str) -> Any:
+    """A named shape, or the model of a folder: a classifier, or a decoder whose steps are timed."""
+    from xpatch.benchmarks import model_shapes
+    from xpatch.cli import any_model
+    from xpatch.models import anatomy
+
+    if name in model_shapes.NAMES and not Path(name).exists():
+        return model_shapes.subject(name)
+    made, _ = any_model.load(name)
+    kind = type(made).__name__
+    decoder = kind.endswith(("ForCausalLM", "LMHeadModel"))
+    if not decoder and not kind.endswith("ForSequenceClassification"):
+        raise XpatchError(
+            f"--model {name}: expected a sequence classifier or a causal language model, found {kind}; named shapes are "
+            f"{', '.join(model_shapes.NAMES)}"
+        )
+    site = anatomy.final_ffn(made)
+    return model_shapes.folder_subject(name, model_folder(name), made, (site.name, site.up, site.down), decoder)
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    """Whole numbers from 1 on; none where the option was not given."""
+    if text is None:
+        return []
+    words = _words(option, text)
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise XpatchError(f"{option}: expected whole numbers such as 1,8,32; found {text!r}")
+    return [int(word) for word in words]
 
 
 def _words(option: str, text: str) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 from xpatch.errors import MismatchError
 from xpatch.models.anatomy import FFNSite
 from xpatch.models.heads import Head, head_of
+from xpatch.models.readers import every_row
 from xpatch.models.surgery import Surgery
 
 
@@ -48,7 +49,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], site: FFNSite | str | N
     def keep_output(module: nn.Module, args: Any, output: Any) -> None:
         seen["base"] = output[0] if isinstance(output, tuple) else output  # of a mixture that also returns its choice
 
-    with Surgery() as surgery, torch.no_grad():
+    with Surgery() as surgery, torch.no_grad(), every_row():
         surgery.before(model.get_submodule(head.site.up), keep_input("x"))
         if head.residual_from != head.site.up:
             surgery.before(model.get_submodule(head.residual_from), keep_input("residual"))

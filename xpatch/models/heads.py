@@ -37,9 +37,13 @@ class Head:
         batch = torch.arange(hidden.shape[0], device=hidden.device)
         if attention_mask is None:
             return hidden[:, -1]
-        position = torch.arange(hidden.shape[1], device=hidden.device)
-        last = (attention_mask.to(hidden.device).bool() * position).argmax(-1)
-        return hidden[batch, last]
+        return hidden[batch, last_tokens(attention_mask.to(hidden.device))]
+
+
+def last_tokens(attention_mask: torch.Tensor) -> torch.Tensor:
+    """attention_mask `[B, T]` (1 = a token) -> `[B]` int64: where the last token is; 0 in a row without any."""
+    position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (attention_mask.bool() * position).argmax(-1)
 
 
 def head_of(model: nn.Module) -> Head:

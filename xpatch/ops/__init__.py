@@ -1,17 +1,22 @@
-"""The maths of a patch as operators: two registered ops, their pure-torch reference, and the native build behind them.
+"""The maths of a patch as operators: registered ops, their pure-torch reference, and the native build behind them.
 
-``patch_ffn`` and ``patch_ffn_fired``, which also says which neurons fired, share the only native kernel; ``lowrank``, ``dense``
-and ``mask`` are plain torch and live in :mod:`xpatch.ops.reference`.
+``patch_ffn`` and ``patch_ffn_fired``, which also says which neurons fired, share a native kernel; ``lowrank``, ``mask`` and
+``ball`` have one each; ``dense`` is plain torch and lives in :mod:`xpatch.ops.reference`.
 """
 
-from xpatch.ops.reference import ACTIVATIONS, activate, canonical_activation, dense, lowrank, mask
+from xpatch.ops.reference import ACTIVATIONS, activate, canonical_activation, dense
+from xpatch.ops.registry.ball import ball
+from xpatch.ops.registry.capacity import patch_ffn_capacity
 from xpatch.ops.registry.library import in_torch_func
+from xpatch.ops.registry.lowrank import lowrank
+from xpatch.ops.registry.mask import mask
 from xpatch.ops.registry.patch_ffn import patch_ffn, patch_ffn_fired
 from xpatch.ops.screening import pack_keys, screening_stats
 
 __all__ = [
     "ACTIVATIONS",
     "activate",
+    "ball",
     "canonical_activation",
     "dense",
     "in_torch_func",
@@ -19,6 +24,7 @@ __all__ = [
     "mask",
     "pack_keys",
     "patch_ffn",
+    "patch_ffn_capacity",
     "patch_ffn_fired",
     "screening_stats",
 ]

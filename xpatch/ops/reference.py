@@ -5,6 +5,7 @@ Axes: ``D`` input width, ``V`` output width, ``N`` neurons, ``R`` rank, ``L`` la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -125,9 +126,48 @@ def patch_ffn_backward(
     return grad_x, grad_keys, grad_bias, grad_values
 
 
-def lowrank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """``(x downᵀ) upᵀ``: x ``[..., D]``, down ``[R, D]``, up ``[V, R]`` -> ``[..., V]``."""
-    return F.linear(F.linear(x, down), up)
+def lowrank(x: Tensor, down: Tensor, up: Tensor, offsets: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    """``(x downᵀ) upᵀ``: x ``[..., D]``, down ``[R, D]``, up ``[V, R]`` -> ``[..., V]``.
+
+    With rows ``[..., G]`` bool over x's first axes only the ranks of the deltas that a row names are added: delta g owns
+    ``offsets[g]:offsets[g + 1]``, offsets int64 ``[G + 1]``; without offsets one delta owns all ranks.
+    """
+    h = F.linear(x, down)
+    if rows is not None:
+        h = torch.where(named_ranks(rows, offsets, down.shape[0], x.ndim), h, 0)
+    return F.linear(h, up)
+
+
+def lowrank_backward(
+    grad: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    offsets: Tensor | None,
+    rows: Tensor | None,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of :func:`lowrank` for x, down and up, each None where ``needed`` says so; ``grad`` is ``[..., V]``."""
+    named = None if rows is None else named_ranks(rows, offsets, down.shape[0], x.ndim)
+    grad_x = grad_down = grad_up = None
+    if needed[0] or needed[1]:
+        grad_h = grad @ up if named is None else torch.where(named, grad @ up, 0)
+        grad_x = grad_h @ down if needed[0] else None
+        grad_down = as_rows(grad_h).t() @ as_rows(x) if needed[1] else None
+    if needed[2]:
+        h = F.linear(x, down) if named is None else torch.where(named, F.linear(x, down), 0)
+        grad_up = as_rows(grad).t() @ as_rows(h)
+    return grad_x, grad_down, grad_up
+
+
+def named_ranks(rows: Tensor, offsets: Tensor | None, ranks: int, axes: int) -> Tensor:
+    """rows ``[..., G]`` bool -> ``[..., 1, ..., R]`` with `axes` axes (``[..., 1]`` without offsets): the ranks each row gets."""
+    if offsets is not None:
+        delta = torch.searchsorted(offsets.contiguous(), torch.arange(ranks, device=offsets.device), right=True) - 1
+        rows = rows.index_select(-1, delta.clamp(0, max(rows.shape[-1] - 1, 0)))
+    while rows.ndim < axes:
+        rows = rows.unsqueeze(-2)
+    return rows
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -135,24 +175,43 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def mask(x: Tensor, masks: Tensor, language_index: Tensor) -> Tensor:
-    """``x ⊙ masks[language]``: x ``[..., D]``, masks ``[L, D]``, language_index (integers) over x's first axes.
+def mask(x: Tensor, masks: Tensor, language: Tensor) -> Tensor:
+    """``x ⊙ masks[language]``: x ``[..., D]``, masks ``[L, D]``, language (integers) over x's first axes.
 
-    An index of shape ``[B]`` with x ``[B, T, D]`` gives all T rows of an item its language's mask.
+    A language of shape ``[B]`` with x ``[B, T, D]`` gives all T rows of an item its language's mask.
     """
-    return x * spread_mask(masks, language_index, x)
+    return x * spread_mask(masks, language, x)
 
 
-def spread_mask(masks: Tensor, language_index: Tensor, x: Tensor) -> Tensor:
+def spread_mask(masks: Tensor, language: Tensor, x: Tensor) -> Tensor:
     """``masks[language]`` with as many axes as x."""
-    chosen = masks[language_index]
+    chosen = masks.index_select(0, language.reshape(-1)).reshape(*language.shape, masks.shape[1])
     while chosen.ndim < x.ndim:
         chosen = chosen.unsqueeze(-2)
     return chosen
 
 
-def sum_by_language(products: Tensor, language_index: Tensor, masks: Tensor) -> Tensor:
+def sum_by_language(products: Tensor, language: Tensor, masks: Tensor) -> Tensor:
     """products ``[..., D]`` summed over the rows of each language -> as masks ``[L, D]``: the gradient of :func:`mask`'s masks."""
-    index = language_index.reshape(*language_index.shape, *[1] * (products.ndim - 1 - language_index.ndim))
+    index = language.reshape([*language.shape, *[1] * (products.ndim - 1 - language.ndim)])
     index = index.expand(products.shape[:-1]).reshape(-1)
-    return torch.zeros_like(masks).index_add(0, index, products.reshape(-1, products.shape[-1]))
+    return torch.zeros_like(masks).index_add(0, index, as_rows(products))
+
+
+def ball(x: Tensor, keys: Tensor, radii: Tensor) -> Tensor:
+    """Whether the nearest key (Euclidean) is within its own radius: x ``[..., D]``, keys ``[K, D]``, radii ``[K]`` -> ``[...]``.
+
+    Of several nearest keys the first counts; always False without keys and for a row with NaN.
+    """
+    if keys.shape[0] == 0:
+        return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+    if x.dtype.itemsize < 4:
+        x, keys, radii = x.float(), keys.float(), radii.float()
+    # The usual matmul form of the distance cancels badly where it matters, near a key.
+    distance, nearest = torch.cdist(as_rows(x), keys, compute_mode="donot_use_mm_for_euclid_dist").min(dim=-1)
+    return (distance <= radii[nearest]).reshape(x.shape[:-1])
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x ``[..., D]`` -> ``[M, D]``, also where M or D is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -87,7 +87,6 @@ def screening_stats(x: Tensor, keys: Tensor, bias: Tensor, packed: Tensor, activ
         raise MismatchError(
             f"screening_stats: expected CPU tensors of a dtype the native build knows; found {x.dtype} on {x.device}"
         )
-    none = (None, None, None)
-    _, plain = native_call(x, keys, bias, values, activation, packed, none)
-    _, full = native_call(x, keys, bias, values, activation, packed, none, always=True, want_fired=True)
+    _, plain = native_call(x, keys, bias, values, activation, packed)
+    _, full = native_call(x, keys, bias, values, activation, packed, always=True, want_fired=True)
     return {"pairs": full[1], "survivors": full[2], "fired": len(full[3]) // 16, "coarse": full[4], "dense": plain[0]}

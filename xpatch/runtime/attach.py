@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -34,6 +34,9 @@ from xpatch.runtime.recompute import Recall
 from xpatch.runtime.routing import Rows, is_switched_off, resolve, rows_in_context
 from xpatch.runtime.snapshot import EMPTY, Point, Snapshot
 
+if TYPE_CHECKING:
+    from xpatch.runtime.prune import Pruning
+
 #: Held by whoever changes what is published, on any model. Never taken by a model call that would have to wait for it.
 WRITERS = threading.RLock()
 survive_forks(WRITERS)
@@ -50,6 +53,7 @@ class Runtime:
         self.firings: Firings | None = Firings(cpu_only=True, first_token=first_token_sites(model))
         self.prepared: Mapping[str, Point] = {}  #: sites whose hooks stay up without patches
         self.capacity: Capacity | None = None  #: fixed buffers, for captured graphs
+        self.pruning: Pruning | None = None  #: the last layer's hooks of an optimised model
         self.places: list[str] = []  #: site names; a compiled graph knows a site by its index here
         self._sites: list[FFNSite] | None = None
         self._base: Surgery | None = None
@@ -74,6 +78,7 @@ class Runtime:
             "firings",
             "prepared",
             "capacity",
+            "pruning",
             "places",
             "_sites",
             "_base",
@@ -132,10 +137,25 @@ class Runtime:
         self._seats |= {point: seats_of(self.model, point) for point in points}
         self._points |= points
         self._slots |= slots
+        if self.pruning is not None:
+            self.pruning.step_back()
         if prepared is not None:
             self.prepared = prepared
         self.snapshot = snapshot
         self._tidy()
+
+    def optimize(self, pruning: Pruning | None) -> None:
+        """Put another pruning in the place of the one there is, or none."""
+        before, self.pruning = self.pruning, pruning
+        try:
+            self.publish(self.snapshot)
+        except BaseException:
+            self.pruning = before
+            if pruning is not None:
+                pruning.undo()
+            raise
+        if before is not None:
+            before.undo()
 
     def settle(self) -> None:
         """Take down hooks that nobody needs any more, if no call is running and no writer is at work. Never waits."""
@@ -149,7 +169,7 @@ class Runtime:
         needed = {*self.snapshot.points.values(), *self.prepared.values()}
         unneeded = [point for point in self._points if point not in needed]
         # A set without parts is still applied: it can be named and removed.
-        idle = not self.snapshot.sets and not self.prepared
+        idle = not self.snapshot.sets and not self.prepared and self.pruning is None
         self._untidy = bool(unneeded) or idle  # before the look at running calls: one that ends now sees it
         for key in tuple(self._active):  # in one step: threads come and go meanwhile
             pins_of_thread = self._active.get(key)
@@ -235,8 +255,8 @@ class Runtime:
         """The patched output, or None (as it is) where `call` pinned no part here."""
         if call.epoch is not None and self.capacity is not None:
             return self.capacity.add(site, x, y, call.epoch)
-        parts = call.snapshot.at.get(site)
-        return None if parts is None else add_patches(parts, x, y, call.route, self.firings)
+        steps = call.snapshot.steps.get(site)
+        return None if steps is None else add_patches(steps, x, y, call.route, self.firings)
 
     def _begin(self, kind: Kind, rows: Rows | None, batch: int | None) -> Call:
         if is_switched_off(self.model) or (self._thread.newcomer and self._began_before_the_hooks(kind)):

@@ -3,7 +3,8 @@
 A captured graph replays kernels on fixed addresses and runs no Python, so it cannot look a snapshot up. It reads buffers that
 hold up to C neurons a site instead. `published [1]` says which half is current; the first thing a replay does is to copy it
 (`latch`), so all its sites read one half. A writer fills the other half and then flips `published`: a replay sees the old patches
-or the new ones, never both. Unused neurons are zero and add exactly nothing.
+or the new ones, never both. `live [2]` of each site says how many neurons a half holds; those behind them, left from earlier swaps,
+add nothing, whatever they are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from xpatch.errors import ConflictError, MismatchError
-from xpatch.ops import canonical_activation, patch_ffn
+from xpatch.ops import canonical_activation, patch_ffn_capacity
 from xpatch.patches.types import PatchNeurons
 from xpatch.runtime.snapshot import Point, Snapshot, compute_dtype
 
@@ -48,8 +49,8 @@ def is_capturing() -> bool:
 class Capacity:
     """Room for `neurons` patch neurons of one activation at each site (point.site -> buffers on the site's device).
 
-    Per site keys `[2, C, D]`, bias `[2, C]`, values `[2, C, D]` in the dtype patches are computed in. Raises `ConflictError`
-    for sites on several devices, `MismatchError` for a size below 1 or no site.
+    Per site keys `[2, C, D]`, bias `[2, C]`, values `[2, C, D]` in the dtype patches are computed in, and live `[2]`, the neurons in
+    use in each half. Raises `ConflictError` for sites on several devices, `MismatchError` for a size below 1 or no site.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Capacity:
         self.neurons = neurons
         self.activation = canonical_activation(activation)
         self.buffers: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.live: dict[str, torch.Tensor] = {}
         devices = set()
         with torch.inference_mode(False):
             for site, point in points.items():
@@ -79,6 +81,7 @@ class Capacity:
                 devices.add(weight.device)
                 keys = torch.zeros(2, neurons, widths[site], device=weight.device, dtype=compute_dtype(weight.dtype))
                 self.buffers[site] = (keys, keys.new_zeros(2, neurons), torch.zeros_like(keys))
+                self.live[site] = torch.zeros(2, dtype=torch.int64, device=weight.device)
             if len(devices) > 1:
                 raise ConflictError(
                     f"prepare(capacity=...): one captured graph runs on one device; found sites on {', '.join(map(str, devices))}"
@@ -114,11 +117,11 @@ class Capacity:
         self._wait()  # for replays that began two swaps ago and may still read this half
         with torch.inference_mode(False), torch.no_grad():
             for site, buffers in self.buffers.items():
-                rows = wanted.get(site)
+                rows = wanted.get(site, {})
                 for buffer, name in zip(buffers, ("keys", "bias", "values"), strict=True):
-                    buffer[half].zero_()
-                    if rows is not None:
+                    if rows:
                         buffer[half, : rows[name].shape[0]].copy_(rows[name])
+                self.live[site][half].fill_(rows["bias"].shape[0] if rows else 0)
             self._wait()
             self.published.fill_(half)
         self._wait()
@@ -128,9 +131,8 @@ class Capacity:
         """`y + act(x Kᵀ + b) V` with the half that `epoch` names; None where the site has no buffers."""
         if site not in self.buffers:
             return None
-        keys, bias, values = (buffer.index_select(0, epoch)[0] for buffer in self.buffers[site])
-        delta = patch_ffn(x.to(keys.dtype), keys, bias, values, self.activation)
-        return (y.to(keys.dtype) + delta).to(y.dtype)
+        keys, bias, values = self.buffers[site]
+        return patch_ffn_capacity(x.to(keys.dtype), keys, bias, values, self.live[site], epoch, self.activation, y)
 
     def _rows(self, snapshot: Snapshot, site: str) -> dict[str, torch.Tensor]:
         if site not in self.buffers:

@@ -116,12 +116,12 @@ def _patched_backward(
             f"backward through a compiled patched model: more than {REMEMBERED} other calls were made since the forward pass; run "
             "backward sooner, or train with the plain model"
         )
-    parts = pinned.snapshot.at.get(_runtime(state).places[int(place)])
-    if not parts:
+    steps = pinned.snapshot.steps.get(_runtime(state).places[int(place)])
+    if not steps:
         return torch.zeros_like(x)
     with torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
-        out = add_patches(parts, leaf, torch.zeros_like(grad), pinned.route)
+        out = add_patches(steps, leaf, torch.zeros_like(grad), pinned.route)
         if not out.requires_grad:
             return torch.zeros_like(x)
         (result,) = torch.autograd.grad(out, leaf, grad, allow_unused=True)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 
-from xpatch.ops import dense, in_torch_func, lowrank, mask, patch_ffn, patch_ffn_fired
+from xpatch.ops import ball, dense, in_torch_func, lowrank, mask, patch_ffn, patch_ffn_fired
 from xpatch.patches.types import DenseDelta, Gate, LowRankDelta, PatchNeurons
 from xpatch.runtime.firings import Firings
 from xpatch.runtime.routing import Route, spread
+from xpatch.runtime.runs import DeltaRun, chosen
 from xpatch.runtime.snapshot import PreparedPart, compute_dtype
 
 
 def add_patches(
-    parts: tuple[PreparedPart, ...], x: torch.Tensor, y: torch.Tensor, route: Route, firings: Firings | None = None
+    steps: tuple[PreparedPart | DeltaRun, ...],
+    x: torch.Tensor,
+    y: torch.Tensor,
+    route: Route,
+    firings: Firings | None = None,
 ) -> torch.Tensor:
     """`y + Σ patch(x)` over the parts each row gets: x `[..., D_in]`, y `[..., D_out]` -> as y, with y's dtype and device.
 
-    The sum is formed in `compute_dtype(y.dtype)` and rounded once to y's dtype; a row that gets no part keeps its bits.
+    steps: the parts, where deltas that go together may be one run. The sum is formed in `compute_dtype(y.dtype)` and rounded once to y's dtype; a row that gets no part keeps its bits.
     `firings`, where given, hears which neurons fired; the result is the same. Differentiable.
     """
     dtype = compute_dtype(y.dtype)
@@ -28,14 +34,14 @@ def add_patches(
         x = x.to(device=y.device, dtype=dtype)
         total: torch.Tensor | None = None
         touched: torch.Tensor | bool = False
-        for part in parts:
-            keep = True if route.keep is None else route.keep.get(part.set_name, False)
-            if keep is False:
-                continue
-            here = _column(torch.tensor(keep, device=y.device), y) if isinstance(keep, tuple) else None
-            delta = _delta(part, x, route, here, firings)
+        for step, keep in chosen(steps, route):
+            if isinstance(step, DeltaRun):
+                delta, here = _together(step, x, y, keep)
+            else:
+                here = None if keep is True else _column(torch.tensor(keep, device=y.device), y)
+                delta = _delta(step, x, route, here, firings)
+                delta = delta if here is None else torch.where(here, delta, 0)
             if here is not None:
-                delta = torch.where(here, delta, 0)
                 touched = touched if touched is True else here if touched is False else touched | here
             else:
                 touched = True
@@ -63,6 +69,18 @@ def _delta(
         count = tensors["keys"].shape[0] if fired is not None else 1
         firings.record(part, _acting(fired, x.shape[:-1], opened, here), x.shape[:-1], count, route)
     return delta if opened is None else torch.where(opened, delta, 0)
+
+
+def _together(
+    run: DeltaRun, x: torch.Tensor, y: torch.Tensor, keep: bool | tuple[bool, ...] | np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the deltas of a run add `[..., D_out]`, exactly 0 for a row that gets none; and which rows get some, None for all."""
+    joined = run.on(x.device, x.dtype)
+    if keep is True:
+        return lowrank(x, joined.down, joined.up), None
+    rows = torch.tensor(keep, device=x.device)
+    here = None if np.all(np.any(keep, axis=-1)) else _column(rows.any(-1), y)
+    return lowrank(x, joined.down, joined.up, joined.offsets, rows if rows.ndim == 1 else spread(rows, x)), here
 
 
 def _neurons(
@@ -115,19 +133,6 @@ def _acting(
     for condition in given:
         fired = fired[condition[fired[:, 0]]]
     return fired
-
-
-def ball(x: torch.Tensor, keys: torch.Tensor, radii: torch.Tensor) -> torch.Tensor:
-    """GRACE's deferral (Hartvigsen et al. 2023, algorithm 1): x `[..., D]`, keys `[K, D]`, radii `[K]` -> `[...]` bool.
-
-    True where the nearest key (Euclidean) is within its own radius; always False without keys.
-    """
-    if keys.shape[0] == 0:
-        return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
-    rows = x.reshape(-1, x.shape[-1])
-    # The usual matmul form of the distance cancels badly where it matters, near a key.
-    distance, nearest = torch.cdist(rows, keys, compute_mode="donot_use_mm_for_euclid_dist").min(dim=-1)
-    return (distance <= radii[nearest]).reshape(x.shape[:-1])
 
 
 def _language(part: PreparedPart, x: torch.Tensor, route: Route) -> torch.Tensor | None:

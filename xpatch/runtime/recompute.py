@@ -90,6 +90,11 @@ class Recall:
                 self._calls.pop(key, None)
 
 
+def is_checkpointed() -> bool:
+    """Whether this code runs in a checkpointed segment, which a backward pass computes again."""
+    return bool(_segments())
+
+
 def _segments() -> list[_Segment]:
     """The segments that this code runs in, the innermost first."""
     file, found = _file(), []

@@ -179,7 +179,7 @@ def resolve(chosen: Rows | None, names: Sequence[str], batch: int | None) -> Rou
 
 
 def spread(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """One value per batch row `[B]` -> one per leading row of x: `[B, ...]`, or `[B * k, ...]` where each row became k in a block.
+    """One value `[B]` or line `[B, G]` per batch row -> one per leading row of x, whose B rows may have become k each, in a block.
 
     So are rows laid out for beams, for several returned sequences, for the choices of a multiple-choice model, and where a model
     flattens its tokens to `[B * T, D]`. Raises `MismatchError` for any other number of rows.
@@ -188,7 +188,7 @@ def spread(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if lead == batch:
         return values
     if batch > 0 and lead % batch == 0:
-        return values.repeat_interleave(lead // batch)
+        return values.repeat_interleave(lead // batch, 0)
     raise MismatchError(
         f"Rows names {batch} rows but a patched layer sees {lead} (shape {tuple(x.shape)}), which is no multiple: the batch was split or "
         "padded on the way (DataParallel does so). Give one string for all rows, or choose the rows inside each part of the batch"
@@ -214,14 +214,20 @@ def _keep(patches: Any, names: Sequence[str]) -> dict[str, bool | tuple[bool, ..
     if patches is None:
         return None
     entries = [_names(patches, 0)] if isinstance(patches, str) else list(patches)
+    applied, named = frozenset(names), set[str]()
     for row, entry in enumerate(entries):
         for name in entry or ():
-            if name not in names:
+            if name not in applied:
                 raise MismatchError(
                     f"Rows(patches=...), row {row}: no patch set is called {name!r}; applied are {', '.join(map(repr, names)) or 'none'}"
                 )
+            named.add(name)
     keep: dict[str, bool | tuple[bool, ...]] = {}
+    everything = None in entries
     for name in names:
+        if name not in named and not everything:
+            keep[name] = False  # of many applied sets a batch names few
+            continue
         column = tuple(entry is None or name in entry for entry in entries)
         keep[name] = True if all(column) else False if not any(column) else column
     return keep

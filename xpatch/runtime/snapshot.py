@@ -14,6 +14,7 @@ from xpatch.errors import MismatchError
 from xpatch.models.anatomy import FFNSite, ffn_site, find_ffn_sites, linear
 from xpatch.ops import pack_keys
 from xpatch.patches.types import Gate, Part, PatchNeurons, PatchSet
+from xpatch.runtime.runs import DeltaRun, steps_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Tensors:
             self._cast[(device, dtype)] = cast
         return cast
 
+    def made(self) -> list[tuple[torch.device, torch.dtype]]:
+        """For which devices and dtypes there are tensors already."""
+        return list(self._cast)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_cast": {}}
 
@@ -82,12 +87,14 @@ class AppliedSet:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Everything that is applied to a model at one moment. at: site -> its parts, in the order the sets were applied."""
+    """Everything that is applied to a model at one moment. at: site -> its parts, in the order the sets were applied; steps: site ->
+    what is computed there, the same parts with deltas that go together joined."""
 
     version: int = 0
     sets: Mapping[str, AppliedSet] = field(default_factory=lambda: MappingProxyType({}))
     at: Mapping[str, tuple[PreparedPart, ...]] = field(default_factory=lambda: MappingProxyType({}))
     masked: tuple[str, ...] = ()
+    steps: Mapping[str, tuple[PreparedPart | DeltaRun, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
     def of(cls, sets: Mapping[str, AppliedSet], version: int) -> Snapshot:
@@ -96,7 +103,8 @@ class Snapshot:
             for part in applied.parts:
                 at[part.point.site] = (*at.get(part.point.site, ()), part)
         masked = tuple(name for name, applied in sets.items() if any(part.languages for part in applied.parts))
-        return cls(version, MappingProxyType(dict(sets)), MappingProxyType(at), masked)
+        steps = {site: steps_of(parts) for site, parts in at.items()}
+        return cls(version, MappingProxyType(dict(sets)), MappingProxyType(at), masked, MappingProxyType(steps))
 
     @property
     def points(self) -> dict[str, Point]:

@@ -55,10 +55,15 @@ class SiteStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """Everything xpatch has on one model; empty where nothing is applied."""
+    """Everything xpatch has on one model; empty where nothing is applied.
+
+    optimized: which rows an optimised model computes in its last layer: "first" or "last" (token), "kept" (those whose logits a call
+    keeps); None where it computes all (see `xpatch.optimize`).
+    """
 
     sets: tuple[SetStatus, ...] = ()
     parts: tuple[PartStatus, ...] = ()
+    optimized: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,13 +87,15 @@ class Status:
         return {**dataclasses.asdict(self), "sites": [dataclasses.asdict(site) for site in self.per_site]}
 
     def __str__(self) -> str:
+        rows = {"kept": "the rows whose logits are kept"}.get(self.optimized or "", f"the {self.optimized} token")
+        optimized = [f"optimised: the last layer computes {rows} alone"] if self.optimized else []
         if not self.sets:
-            return "no patches applied"
+            return "\n".join(["no patches applied", *optimized])
         lines = [
             f"{item.name}  {item.edits} edits{_left_out(item.expired)}  {item.fingerprint[:12]}" for item in self.sets
         ]
         head = ("set", "part", "site", "form", "count", "bytes", "kernel", "fired")
-        return "\n".join([*lines, columns(head, [dataclasses.astuple(part) for part in self.parts])])
+        return "\n".join([*lines, *optimized, columns(head, [dataclasses.astuple(part) for part in self.parts])])
 
 
 def status_of(model: nn.Module, count: bool | None) -> Status:
@@ -104,6 +111,7 @@ def status_of(model: nn.Module, count: bool | None) -> Status:
     return Status(
         sets=tuple(_set(applied) for applied in snapshot.sets.values()),
         parts=tuple(_part(runtime, part, firings) for part in parts),
+        optimized=None if runtime.pruning is None else runtime.pruning.reader.reads,
     )
 
 

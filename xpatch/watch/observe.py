@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,8 +209,10 @@ class _Ear(Firings):
         super().__init__()
         self.said: dict[PreparedPart, torch.Tensor] = {}
 
-    def record(self, part: PreparedPart, fired: torch.Tensor, route: Route) -> None:
-        self.said[part] = fired
+    def record(self, part: PreparedPart, fired: torch.Tensor, lead: Sequence[int], neurons: int, route: Route) -> None:
+        table = torch.zeros(math.prod(lead), neurons, dtype=torch.bool, device=fired.device)
+        table[fired[:, 0], fired[:, 1]] = True
+        self.said[part] = table.reshape(*lead, neurons)
 
 
 class _Varied(Runtime):

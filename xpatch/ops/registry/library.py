@@ -40,6 +40,8 @@ def refuse(op: str, expected: str, **tensors: Tensor | None) -> MismatchError:
 
 def dense_rows(matrix: Tensor) -> Tensor:
     """``matrix [M, D]`` itself when its rows are dense and do not overlap, otherwise a contiguous copy."""
+    if matrix.is_contiguous():
+        return matrix
     if matrix.stride(1) != 1 or (matrix.shape[0] > 1 and matrix.stride(0) < matrix.shape[1]):
         return matrix.contiguous()
     return matrix

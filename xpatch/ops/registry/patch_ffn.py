@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xpatch.ops import native, reference
 from xpatch.ops.registry.library import call_native, define, dense_rows, implement, in_torch_func, library, refuse
+from xpatch.ops.registry.on_cuda import patch_ffn_on_cuda
 
 CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
@@ -64,6 +65,8 @@ def patch_ffn(
             keys of another shape.
     """
     arguments = (x, keys, bias, values, activation, packed, mask_inner, mask_outer, language)
+    if _needs_no_dispatch(x, keys, bias, values, mask_inner, mask_outer):
+        return _run(*arguments)
     if in_torch_func():
         return reference.patch_ffn(*arguments[:4], _check(*arguments), mask_inner, mask_outer, language)
     return torch.ops.xpatch.patch_ffn(*arguments)
@@ -89,9 +92,31 @@ def patch_ffn_fired(
         ascending order, rows counted over all leading axes of x; without a gradient.
     """
     arguments = (x, keys, bias, values, activation, packed, mask_inner, mask_outer, language)
+    if _needs_no_dispatch(x, keys, bias, values, mask_inner, mask_outer):
+        return _run_fired(*arguments)
     if in_torch_func():
         return reference.patch_ffn_fired(*arguments[:4], _check(*arguments), mask_inner, mask_outer, language)
     return torch.ops.xpatch.patch_ffn_fired(*arguments)
+
+
+def _needs_no_dispatch(*tensors: Tensor | None) -> bool:
+    """Whether torch's dispatcher would only hand the call on: plain CPU tensors, no gradient, nothing that traces or intercepts.
+
+    For one row and a thousand neurons the way through it takes as long as the kernel.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if in_torch_func() or torch._C._get_tracing_state() is not None:
+        return False
+    gradients = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (
+            (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter)
+            or tensor.device.type != "cpu"
+            or (gradients and tensor.requires_grad)
+        ):
+            return False
+    return True
 
 
 def _check(
@@ -141,11 +166,9 @@ def _check(
     return reference.canonical_activation(activation)
 
 
-def _runs_native(x: Tensor, packed: Tensor | None) -> bool:
-    """On the CPU the kernel needs packed keys; what has none is dense work, and that stays with the framework."""
-    if native.backend_for(x.device.type, x.dtype) != "native":
-        return False
-    return packed is not None if x.device.type == "cpu" else True
+def _screens(x: Tensor, packed: Tensor | None) -> bool:
+    """The CPU kernel needs packed keys; what has none is dense work, and that stays with the framework."""
+    return packed is not None and x.device.type == "cpu" and native.backend_for("cpu", x.dtype) == "native"
 
 
 def native_call(
@@ -154,62 +177,79 @@ def native_call(
     bias: Tensor,
     values: Tensor,
     activation: str,
-    packed: Tensor | None,
-    masks: _Masks,
+    packed: Tensor,
+    masks: _Masks = (None, None, None),
     *,
     always: bool = False,
     want_fired: bool = False,
-) -> tuple[Tensor, Any]:
-    """The native kernel on checked arguments: the output and, on the CPU, (too_many, pairs, survivors, fired as bytes, coarse).
+) -> tuple[Tensor, tuple[bool, int, int, bytes, bool]]:
+    """The CPU kernel on checked arguments: the output, and (too_many, pairs, survivors, fired, coarse) of csrc/ops/patch_ffn.h.
 
-    always: do not give up where many neurons survive.
+    always: do not give up where many neurons survive. `fired` holds int64 pairs.
     """
-    rows, keys, values = dense_rows(x.reshape(-1, x.shape[-1])), dense_rows(keys), dense_rows(values)
-    bias = bias.contiguous()
-    mask_inner, mask_outer, language = (None if t is None else t.contiguous() for t in masks)
-    if language is not None:  # one index a row
-        language = (
-            language.reshape(*language.shape, *[1] * (x.ndim - 1 - language.ndim)).expand(x.shape[:-1]).contiguous()
-        )
-    languages = next((mask.shape[0] for mask in (mask_inner, mask_outer) if mask is not None), 0)
-    out = x.new_empty((*x.shape[:-1], values.shape[1]))
-    tensors = (rows, keys, bias, values, out, mask_inner, mask_outer, language)
-    extra: tuple[Any, ...] = ()
-    if packed is not None:
-        packed = packed.contiguous()
-        extra = (packed.data_ptr(), packed.numel(), always, want_fired)
+    rows, keys, values = (
+        dense_rows(x if x.ndim == 2 else x.reshape(-1, x.shape[-1])),
+        dense_rows(keys),
+        dense_rows(values),
+    )
+    (count, width), neurons, columns = rows.shape, keys.shape[0], values.shape[1]
+    mask_inner, mask_outer, language = masks
+    languages = 0
+    addresses: tuple[int, ...] = (0, 0, 0)
+    if language is not None and (mask_inner is not None or mask_outer is not None):
+        language = language.reshape(*language.shape, *[1] * (x.ndim - 1 - language.ndim)).expand(x.shape[:-1])
+        language = language.contiguous()
+        mask_inner, mask_outer = (None if t is None else t.contiguous() for t in (mask_inner, mask_outer))
+        languages = next(t.shape[0] for t in (mask_inner, mask_outer) if t is not None)
+        addresses = tuple(0 if t is None else t.data_ptr() for t in (mask_inner, mask_outer, language))
+    bias, packed = bias.contiguous(), packed.contiguous()
+    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
     result = call_native(
         "patch_ffn",
         x.device,
-        *(0 if t is None else t.data_ptr() for t in tensors),
-        *(rows.shape[0], rows.shape[1], keys.shape[0], values.shape[1], languages),
+        *(rows.data_ptr(), keys.data_ptr(), bias.data_ptr(), values.data_ptr(), out.data_ptr()),
+        *addresses,
+        *(count, width, neurons, columns, languages),
         *(rows.stride(0), keys.stride(0), values.stride(0)),
-        native.DTYPE_CODES[x.dtype],
-        CODES[activation],
-        *extra,
+        *(native.DTYPE_CODES[x.dtype], CODES[activation], packed.data_ptr(), packed.shape[0], always, want_fired),
     )
     return out, result
 
 
 def _run(
-    x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str, packed: Tensor | None = None, *masks: Any
+    x: Tensor,
+    keys: Tensor,
+    bias: Tensor,
+    values: Tensor,
+    activation: str,
+    packed: Tensor | None = None,
+    mask_inner: Tensor | None = None,
+    mask_outer: Tensor | None = None,
+    language: Tensor | None = None,
 ) -> Tensor:
-    mask_inner, mask_outer, language = (*masks, None, None, None)[:3]
     activation = _check(x, keys, bias, values, activation, packed, mask_inner, mask_outer, language)
-    if _runs_native(x, packed):
-        chosen = packed if x.device.type == "cpu" else None
-        out, result = native_call(x, keys, bias, values, activation, chosen, (mask_inner, mask_outer, language))
-        if result is None or not result[0]:
+    if packed is not None and _screens(x, packed):
+        out, result = native_call(x, keys, bias, values, activation, packed, (mask_inner, mask_outer, language))
+        if not result[0]:
             return out
+    elif x.device.type == "cuda" and native.backend_for("cuda", x.dtype) == "native":
+        return patch_ffn_on_cuda(x, keys, bias, values, activation, (mask_inner, mask_outer, language))
     return reference.patch_ffn(x, keys, bias, values, activation, mask_inner, mask_outer, language)
 
 
 def _run_fired(
-    x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str, packed: Tensor | None = None, *masks: Any
+    x: Tensor,
+    keys: Tensor,
+    bias: Tensor,
+    values: Tensor,
+    activation: str,
+    packed: Tensor | None = None,
+    mask_inner: Tensor | None = None,
+    mask_outer: Tensor | None = None,
+    language: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    mask_inner, mask_outer, language = (*masks, None, None, None)[:3]
     activation = _check(x, keys, bias, values, activation, packed, mask_inner, mask_outer, language)
-    if x.device.type == "cpu" and _runs_native(x, packed):
+    if packed is not None and _screens(x, packed):
         masks = (mask_inner, mask_outer, language)
         out, (too_many, _, _, fired, _) = native_call(x, keys, bias, values, activation, packed, masks, want_fired=True)
         if not too_many:
