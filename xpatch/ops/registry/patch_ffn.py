@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xpatch.errors import MismatchError
 from xpatch.ops import native, reference
 from xpatch.ops.registry.library import call_native, define, dense_rows, implement, in_torch_func, library, refuse
 from xpatch.ops.registry.on_cuda import patch_ffn_on_cuda
@@ -166,6 +167,17 @@ def _check(
     return reference.canonical_activation(activation)
 
 
+def _check_languages(mask_inner: Tensor | None, mask_outer: Tensor | None, language: Tensor | None) -> None:
+    """On the CPU, where the values can be seen for nothing."""
+    masks = mask_outer if mask_inner is None else mask_inner
+    if masks is None or language is None or language.device.type != "cpu" or not language.numel():
+        return
+    lowest, highest = language.aminmax()
+    if lowest < 0 or highest >= masks.shape[0]:
+        wrong = int(lowest if lowest < 0 else highest)
+        raise MismatchError(f"patch_ffn: expected language in [0, L = {masks.shape[0]}); found {wrong}")
+
+
 def _screens(x: Tensor, packed: Tensor | None) -> bool:
     """The CPU kernel needs packed keys; what has none is dense work, and that stays with the framework."""
     return packed is not None and x.device.type == "cpu" and native.backend_for("cpu", x.dtype) == "native"
@@ -228,6 +240,7 @@ def _run(
     language: Tensor | None = None,
 ) -> Tensor:
     activation = _check(x, keys, bias, values, activation, packed, mask_inner, mask_outer, language)
+    _check_languages(mask_inner, mask_outer, language)
     if packed is not None and _screens(x, packed):
         out, result = native_call(x, keys, bias, values, activation, packed, (mask_inner, mask_outer, language))
         if not result[0]:
@@ -249,6 +262,7 @@ def _run_fired(
     language: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     activation = _check(x, keys, bias, values, activation, packed, mask_inner, mask_outer, language)
+    _check_languages(mask_inner, mask_outer, language)
     if packed is not None and _screens(x, packed):
         masks = (mask_inner, mask_outer, language)
         out, (too_many, _, _, fired, _) = native_call(x, keys, bias, values, activation, packed, masks, want_fired=True)
