@@ -80,7 +80,7 @@ def cases(
         )
         bar.end()
         bar.begin("rows")
-        held = _rows(base, "held", positions, rows, seed, folder)
+        held = _rows(base, texts.held_out(rows, seed, base.languages), positions, rows, folder)
         bar.end()
         bar.begin("resampling")
         chosen = _grow(base, preset, found, neurons, seed, dtype, folder, bar.report, settings)
@@ -139,7 +139,7 @@ def _grow(
         base, preset, 1, seed, folder=folder, report=report, training_seed=seed + 1000, **{**settings, "block": PAIRED}
     )
     pairs = pair(found, again)
-    memory = _rows(base, "memory", "read", 2000, seed, folder)["x"]
+    memory = memory_rows(base, folder)
     return trained_scale.resample(own, pairs, memory, count, torch.Generator().manual_seed(seed), dtype)
 
 
@@ -157,14 +157,18 @@ def pair(first: Trained, second: Trained) -> tuple[trained_scale.Tensors, traine
     return sides[0], sides[1]
 
 
-def _rows(base: Base, what: str, positions: str, count: int, seed: int, folder: Path | None) -> dict[str, torch.Tensor]:
-    """x and y of held-out sentences or of the memory's claims, kept in `folder`."""
-    if what == "memory":
-        memory = texts.memory(base.languages, -(-count // len(base.languages)))
-        sentences = [text for row in zip(*memory.values(), strict=True) for text in row][:count]
-    else:
-        sentences = texts.held_out(count, seed, base.languages)
-    name = f"rows-{trained_neurons.key(base, [positions, count, sentences])}.safetensors"
+def memory_rows(base: Base, folder: Path | None = FOLDER, count: int = 2000) -> torch.Tensor:
+    """Rows `[M, D]` the head reads of `count` claims of the memory, as many in each language: what neurons were trained not to fire on."""
+    memory = texts.memory(base.languages, -(-count // len(base.languages)))
+    sentences = [text for row in zip(*memory.values(), strict=True) for text in row][:count]
+    return _rows(base, sentences, "read", len(sentences), folder)["x"]
+
+
+def _rows(
+    base: Base, sentences: Sequence[str], positions: str, count: int, folder: Path | None
+) -> dict[str, torch.Tensor]:
+    """x and y of `count` rows of `sentences`, kept in `folder`."""
+    name = f"rows-{trained_neurons.key(base, [positions, count, list(sentences)])}.safetensors"
     path = None if folder is None else folder / name
     if path is not None and path.is_file():
         return load_file(path)

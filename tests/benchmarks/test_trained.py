@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
 
 import xpatch
-from xpatch.benchmarks import texts, trained, trained_base, trained_neurons, trained_scale
+from xpatch.benchmarks import texts, trained, trained_base, trained_neurons, trained_scale, trained_shares
 from xpatch.benchmarks.trained_base import Base
 
 TINY = {"block": 32, "memory": 40, "steps": 15, "rounds": 1, "max_neurons": 1}
@@ -165,3 +166,23 @@ def test_histogram_measures_the_distance():
     found = trained_scale.histogram(before, before, "gelu")
     assert found["cut"] == pytest.approx(-5.543) and found["fires_before"] == 1.0
     assert sum(found["before"]) == pytest.approx(1)
+
+
+def test_shares_are_written_and_tabled(base, folder, tmp_path):
+    result = trained_shares.run(
+        tmp_path / "shares.json",
+        neurons={"tiny": 24},
+        bases={"tiny": base},
+        rows=32,
+        folder=folder,
+        settings=TINY,
+        progress=False,
+    )
+    assert json.loads((tmp_path / "shares.json").read_text())["points"] == json.loads(json.dumps(result["points"]))
+    assert [(p["preset"], p["positions"]) for p in result["points"]] == [
+        ("default", "read"), ("default", "tokens"), ("paper", "read"), ("paper", "tokens"),
+    ]  # fmt: skip
+    for point in result["points"]:
+        assert 0 <= point["fires"] <= point["survives"]["0.005"] <= point["survives"]["0.01"] <= 100
+        assert point["fires"] <= point["first_bound"]["16"]
+    assert "| tiny | 32 | paper | tokens |" in trained_shares.table(result)
