@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpatch.errors import BackendError, MismatchError
-from xpatch.ops import native, pack_keys, patch_ffn, patch_ffn_fired, reference, screening_stats
+from xpatch.ops import native, pack_keys, patch_ffn, reference
 from xpatch.ops.registry.patch_ffn import native_call
 
 NAN, INF, LARGEST = math.nan, math.inf, torch.finfo(torch.float32).max
