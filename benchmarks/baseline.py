@@ -41,7 +41,7 @@ def patches(
 ) -> kernel_point.Loaded:
     """The patches of a kernel case in fp32, packed."""
     if cases is None:
-        from . import trained  # type: ignore[attr-defined]
+        from . import trained
 
         cases = trained.cases
     return kernel_point.load(

@@ -144,7 +144,7 @@ class _Shelf:
             self._held = None
             make = self._cases
             if make is None:
-                from . import trained  # type: ignore[attr-defined]
+                from . import trained
 
                 make = trained.cases
             about = {"width": self._width, "seed": self._seed, "positions": cell.rows}

@@ -21,7 +21,7 @@ CASE_ROWS, CASE_WIDTH = 256, 768
 def case_for(width: int, neurons: int, seed: int, cases: Callable[..., Any] | None = None) -> Any:
     """`neurons` patches of the default preset, of `width` where that many were trained, else of 768."""
     if cases is None:
-        from . import trained  # type: ignore[attr-defined]
+        from . import trained
 
         cases = trained.cases
     wanted = {"neurons": neurons, "rows": CASE_ROWS, "seed": seed, "progress": False}

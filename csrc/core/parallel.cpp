@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
+#include <utility>
 
 #if !defined(_WIN32)
 #include <pthread.h>
@@ -38,7 +39,9 @@ class Pool {
       done_.wait(lock, [this] { return active_ == 0; });
       task_ = nullptr;
     }
+    const std::exception_ptr thrown = std::exchange(thrown_, nullptr);
     busy_.store(false, std::memory_order_release);
+    if (thrown != nullptr) std::rethrow_exception(thrown);
     return true;
   }
 
@@ -47,7 +50,7 @@ class Pool {
     while (workers_ < wanted) {
       try {
         std::thread([this] { work(); }).detach();
-      } catch (const std::system_error&) {
+      } catch (const std::exception&) {
         return;
       }
       ++workers_;
@@ -55,7 +58,13 @@ class Pool {
   }
 
   void drain(const std::function<void(int64_t)>& task, int64_t tasks) {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(i);
+    try {
+      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(i);
+    } catch (...) {
+      next_.store(tasks, std::memory_order_relaxed);
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (thrown_ == nullptr) thrown_ = std::current_exception();
+    }
   }
 
   void work() {
@@ -86,6 +95,7 @@ class Pool {
   uint64_t job_ = 0;
   int seats_ = 0;
   int active_ = 0;
+  std::exception_ptr thrown_;
   std::atomic<int64_t> next_{0};
 };
 

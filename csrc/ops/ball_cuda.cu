@@ -1,7 +1,7 @@
 // The CUDA kernel: plain and correct for any shape. A block owns one row; each of its warps measures every eighth key
 // and remembers the nearest. A distance that is NaN makes the row's answer no, as it does in the framework.
 #include "core/check.h"
-#include "core/device.cuh"
+#include "core/cuda.cuh"
 #include "ops/ball.h"
 
 namespace xpatch {
@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kThreads) ball_kernel(Ball op) {
       const float difference = as_float(x[d]) - as_float(keys[k * op.keys_stride + d]);
       sum += difference * difference;
     }
-    const float distance = sqrtf(warp_sum(sum));  // the same in every lane
+    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    const float distance = sqrtf(sum);  // the same in every lane
     if (distance != distance) {
       key = -2;
       break;

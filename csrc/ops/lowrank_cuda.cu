@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "core/check.h"
-#include "core/device.cuh"
+#include "core/cuda.cuh"
 #include "ops/lowrank.h"
 
 namespace xpatch {
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) lowrank_kernel(Lowrank op, int colum
         const T* weight = down + (rank0 + n) * op.down_stride;
         float sum = 0.0f;
         for (int64_t d = lane; d < op.D; d += kWarp) sum += as_float(x[d]) * as_float(weight[d]);
-        sum = warp_sum(sum);
+        for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
         if (lane == 0) h[n] = sum;
       }
       __syncthreads();
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) lowrank_kernel(Lowrank op, int colum
     }
   }
   T* out = static_cast<T*>(op.out) + row * op.V + column0;
-  for (int c = threadIdx.x; c < width; c += kThreads) put(out + c, acc[c]);
+  for (int c = threadIdx.x; c < width; c += kThreads) out[c] = rounded<T>(acc[c]);
 }
 
 template <typename T>

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "core/check.h"
-#include "core/device.cuh"
+#include "core/cuda.cuh"
 #include "ops/mask.h"
 
 namespace xpatch {
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads) mask_kernel(Mask op) {
     const int64_t language = op.language[row / op.repeat];
     const bool known = language >= 0 && language < op.L;
     const float factor = known ? as_float(masks[language * op.masks_stride + d]) : nanf("");
-    put(out + i, as_float(x[row * op.x_stride + d]) * factor);
+    out[i] = rounded<T>(as_float(x[row * op.x_stride + d]) * factor);
   }
 }
 

@@ -41,7 +41,7 @@ struct Hit {
 double dense_above(int64_t M) { return M <= 2 ? 0.6 : M <= 8 ? 0.35 : 0.2; }
 
 // The share of survivors above which the full stage pays beside the coarse one.
-double full_above(int64_t M) { return M <= 2 ? 0.06 : 0.008; }
+double full_above(int64_t M) { return M <= 2 ? 0.12 : 0.012; }
 
 float fp32_at(const void* matrix, DType dtype, int64_t index) {
   float value;
@@ -130,7 +130,7 @@ class Call {
 
   double sampled_share(int64_t rows) {
     const int64_t some_rows = std::min(std::max<int64_t>(rows / 8, 1), kSampledRows);  // an eighth at most
-    const int64_t some_groups = std::min(std::max<int64_t>(packed_.count / 4, 1), kSampledGroups);
+    const int64_t some_groups = std::min(std::max<int64_t>(packed_.count / 8, 1), kSampledGroups);
     int64_t found = 0;
     for (int64_t j = 0; j < some_rows; ++j) {
       const int64_t m = j * rows / some_rows;

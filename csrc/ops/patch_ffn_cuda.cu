@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kMixThreads) mix(PatchFfn op, Pass pass) {
         }
       }
     }
-    __syncthreads();
+    // The next group touches `list` and `weights` only behind two more barriers.
   }
 #pragma unroll
   for (int r = 0; r < R; ++r) {

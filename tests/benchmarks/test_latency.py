@@ -27,12 +27,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _optimize(monkeypatch):
-    if not hasattr(xpatch, "optimize"):
-        monkeypatch.setattr(xpatch, "optimize", lambda model, off=False: model, raising=False)
-
-
 def tiny(name):
     return model_shapes.subject(name, **TINY[name])
 

@@ -18,10 +18,6 @@ BERT = {
 @pytest.fixture
 def results(drawn_cases, tmp_path, monkeypatch):
     """A folder of result files as the commands write them, of few and small patches."""
-    import xpatch
-
-    if not hasattr(xpatch, "optimize"):
-        monkeypatch.setattr(xpatch, "optimize", lambda model, off=False: model, raising=False)
     quick = {"cases": drawn_cases, "repeats": 15, "progress": False, "work": tmp_path / "work"}
     kernel.run(tmp_path / "kernel.json", n=(40, 5_000), m=(1, 8), patches=("default", "paper"), width=16, **quick)
     kernel.run(tmp_path / "kernel_stretch.json", stretch=True, n=(40, 400), m=(1,), width=16, **quick)

@@ -10,16 +10,12 @@ from typing import Any
 
 import pytest
 
-import xpatch
-
 
 @pytest.fixture
 def drawn(drawn_cases: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The real benchmarks on drawn patches of small width, which are there at once."""
     from xpatch.benchmarks import kernel, model_latency
 
-    if not hasattr(xpatch, "optimize"):
-        monkeypatch.setattr(xpatch, "optimize", lambda model, off=False: model, raising=False)
     monkeypatch.setattr(kernel, "run", functools.partial(kernel.run, cases=drawn_cases, width=32, repeats=15))
     monkeypatch.setattr(model_latency, "run", functools.partial(model_latency.run, cases=drawn_cases, repeats=15))
 

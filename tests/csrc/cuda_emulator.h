@@ -64,7 +64,7 @@ namespace emulated {
 
 [[noreturn]] inline void fail(const char* what, int line) {
   std::fprintf(stderr, "emulated kernel, line %d: %s\n", line, what);
-  std::exit(1);
+  std::_Exit(1);  // what runs at exit must not run on a fiber's stack
 }
 
 enum class Wait { none, warp, block, finished };

@@ -3,13 +3,13 @@
 Importing this module never fails and loads nothing; a missing or broken build shows on first use. The environment
 variable ``XPATCH_BACKEND`` decides (read on first use):
 
-- ``auto`` (default): the native CPU kernel where it was built, otherwise the reference, with one warning. CUDA tensors
+- ``auto`` (default): the native CPU kernels where they were built, otherwise the reference, with one warning. CUDA tensors
   take the reference, that is the framework's own matmuls;
 - ``native``: the native kernels on CPU and CUDA; what is missing raises :class:`~xpatch.errors.BackendError`;
 - ``reference``: pure torch everywhere.
 
 The native kernels know float32, float16 and bfloat16; other dtypes and devices always take the reference.
-``XPATCH_ISA`` (``portable``, ``avx2``, ``avx512``) lowers the instruction set of the CPU kernels.
+``XPATCH_ISA`` (``portable``, ``dotprod``, ``avx2``, ``avx2vnni``, ``avx512``, ``avx512vnni``) lowers the instruction set of the CPU kernels.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def patch_ffn_fired(
 ) -> tuple[Tensor, Tensor]:
     """:func:`patch_ffn`, and ``[K, 2]`` int64: the (row, neuron) pairs whose score is above zero."""
     scores = _scores(x, keys, bias, mask_inner, language)
-    fired = (scores.reshape(scores.shape[:-1].numel(), scores.shape[-1]) > 0).nonzero().contiguous()
+    fired = (as_rows(scores) > 0).nonzero().contiguous()
     return _finish(scores, values, activation, mask_outer, language), fired
 
 

@@ -10,9 +10,9 @@ from xpatch.ops import native, reference
 from xpatch.ops.registry.library import call_native, dense_rows, refuse
 from xpatch.ops.registry.patch_ffn import CODES, _check, native_call
 
-#: From here on the keys' leading directions are worth finding: a first look at 64 coordinates a key instead of D.
-COARSE_FROM_NEURONS, COARSE_FROM_WIDTH, COARSE_RANK = 2048, 256, 64
-SAMPLED_KEYS = 2048
+#: From here on it pays to look at a quarter of the coordinates first: those along the keys' leading directions.
+COARSE_FROM_NEURONS, COARSE_FROM_WIDTH, COARSE_SHARE = 4096, 64, 4
+SAMPLED_KEYS, RANK_AT_MOST = 2048, 1024
 
 
 def pack_keys(keys: Tensor, bias: Tensor, activation: str) -> Tensor | None:
@@ -62,7 +62,8 @@ def _leading_directions(keys: Tensor) -> Tensor | None:
     the directions are decides how much is screened away, never what comes out.
     """
     some = keys[:: max(1, keys.shape[0] // SAMPLED_KEYS)].float()
-    start = torch.randn(some.shape[1], COARSE_RANK, generator=torch.Generator().manual_seed(0))
+    rank = min(keys.shape[1] // COARSE_SHARE // 16 * 16, RANK_AT_MOST)
+    start = torch.randn(some.shape[1], rank, generator=torch.Generator().manual_seed(0))
     directions = some.T @ (some @ start)
     for _ in range(2):
         directions = some.T @ (some @ torch.linalg.qr(directions).Q)
@@ -76,7 +77,7 @@ def screening_stats(x: Tensor, keys: Tensor, bias: Tensor, packed: Tensor, activ
 
     Returns:
         ``pairs``: (row, neuron) pairs; ``survivors``: those whose bound reached the cut-off; ``fired``: those whose score is above
-        zero; ``coarse``: whether the 64 leading coordinates were enough; ``dense``: whether `patch_ffn` would give up and run the framework's matmuls.
+        zero; ``coarse``: whether the leading coordinates were enough; ``dense``: whether `patch_ffn` would give up and run the framework's matmuls.
 
     Raises:
         MismatchError: the tensors do not fit together, or are not where the native kernel can see them.

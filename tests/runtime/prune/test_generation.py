@@ -90,3 +90,16 @@ def test_positions_under_gradients_and_two_axes_are_computed_in_full(lively, tok
         model(token_ids, logits_to_keep=torch.ones(7, dtype=torch.bool))
         model(token_ids)
     assert seen == [(3, 7, 32)] * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [1, 3, torch.tensor([1, 4])])
+def test_patches_beside_the_attention_join_the_rows_they_were_given(lively, token_ids, near, keep):
+    model = lively("llama")
+    parts = {
+        name: xpatch.LowRankDelta(f"model.layers.1.self_attn.{name}_proj", torch.randn(2, 32) / 6, torch.randn(32, 2))
+        for name in "qkvo"
+    }
+    full = xpatch.apply(copy.deepcopy(model), xpatch.PatchSet(parts))
+    xpatch.apply(xpatch.optimize(model), xpatch.PatchSet(parts))  # its hooks come later, and still before the rows are spread
+    near(model(token_ids, logits_to_keep=keep).logits, full(token_ids, logits_to_keep=keep).logits)
