@@ -124,6 +124,38 @@ def test_native_core_includes_no_framework():
             assert not forbidden.search(path.read_text(encoding="utf-8")), f"{path} includes a framework header"
 
 
+def test_code_that_is_compiled_for_each_instruction_set_stays_there():
+    """Two sets must never share a symbol: what core/simd.h and core/int8.h define belongs to the *_cpu.cpp alone."""
+    for path in sorted((ROOT / "csrc").rglob("*.*")):
+        if path.suffix in (".h", ".cpp", ".cu") and not path.name.endswith("_cpu.cpp") and path.name != "int8.h":
+            found = re.search(r'#\s*include\s*"core/(simd|int8)\.h"', path.read_text(encoding="utf-8"))
+            assert not found, f"{path} includes {found and found[0]}; only *_cpu.cpp may"
+
+
+def test_screening_is_core_and_stands_below_the_ops():
+    allowed = re.compile(r'#\s*include\s*(<[a-z_]+>|<immintrin\.h>|"(core|screen)/[a-z0-9_]+\.h")')
+    for path in sorted((ROOT / "csrc/screen").iterdir()):
+        if path.suffix in (".h", ".cpp"):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            wrong = [line for line in lines if line.startswith("#include") and not allowed.match(line)]
+            assert not wrong, f"{path}: screening may include the standard library, core/ and screen/; found {wrong}"
+
+
+def test_sections_of_the_proof_exist():
+    proof = (ROOT / "csrc/screen/PROOF.md").read_text(encoding="utf-8")
+    sections = set(re.findall(r"^## (\d+)\.", proof, re.M))
+    assert sections == {str(number) for number in range(1, 9)}
+    named = {}
+    for folder in ("csrc", "xpatch", "tests", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.*"):
+            if path.suffix in (".h", ".cpp", ".cu", ".py"):
+                text = path.read_text(encoding="utf-8")
+                named |= dict.fromkeys(re.findall(r"PROOF\.md, section (\d+)", text), path)
+    assert named and set(named) <= sections, {
+        number: str(path) for number, path in named.items() if number not in sections
+    }
+
+
 def test_an_op_is_four_files():
     stems = {re.sub(r"(_cpu|_cuda)?\.(h|cpp|cu)$", "", path.name) for path in (ROOT / "csrc/ops").iterdir()}
     expected = {f"{stem}{end}" for stem in stems for end in (".h", ".cpp", "_cpu.cpp", "_cuda.cu")}

@@ -130,7 +130,7 @@ class Call {
 
   double sampled_share(int64_t rows) {
     const int64_t some_rows = std::min(std::max<int64_t>(rows / 8, 1), kSampledRows);  // an eighth at most
-    const int64_t some_groups = std::min(std::max<int64_t>(packed_.count / 8, 1), kSampledGroups);
+    const int64_t some_groups = std::min({std::max<int64_t>(packed_.count / 8, 1), kSampledGroups, packed_.count});
     int64_t found = 0;
     for (int64_t j = 0; j < some_rows; ++j) {
       const int64_t m = j * rows / some_rows;

@@ -62,12 +62,12 @@ float round_up(double value) {
   return rounded;
 }
 
-// a, b, c and e of one key (screen.h); PROOF.md, section 3, numbers every term. `slip`: further rounding, as a share of
-// the product of the norms.
+// a, b, c and e of one key (screen.h); PROOF.md, section 3, has every term. `slip`: further rounding, as a share of
+// the product of the norms (section 6).
 void bounds_of(const int8_t* bytes, const RowBound& key, float bias, float cut, int64_t D, int64_t width, double slip,
                float* consts) {
   float &a = consts[0], &b = consts[kGroup], &c = consts[2 * kGroup], &e = consts[3 * kGroup];
-  // A score that overflows to -inf is 0 after relu, but NaN after the others.
+  // A score that overflows to -inf is 0 after relu, but NaN after the others (PROOF.md, section 4).
   const bool vast = cut != 0.0f && std::fabs(bias) > kMostBias;
   if (key.odd || vast || !std::isfinite(bias)) {
     a = b = e = 0.0f;
@@ -176,7 +176,7 @@ void pack_keys(const void* keys, int64_t keys_stride, const void* bias, DType dt
   const ScreenKernels& kernels = XPATCH_KERNELS(screen_kernels);
   const float cut = cut_off(activation);
   const Stage &full = layout.full_stage, &coarse = layout.coarse_stage;
-  // Rounding of the projections on both sides, of inverting basis basis^T, and of the fp32 score itself.
+  // Rounding of the projections on both sides, of inverting basis basis^T, and of the fp32 score (PROOF.md, section 6).
   const double slip = 2.1 * 1.01 * (static_cast<double>(D) + 8.0) * kUnit * std::sqrt(static_cast<double>(rank)) +
                       1.03 * header.skew + (static_cast<double>(D) + 16.0) * kUnit;
   parallel_for(groups_of(N), N * D < (1 << 16) ? 1 : threads, [&](int64_t g) {

@@ -133,7 +133,8 @@ void quantise(const float* row, int64_t D, float* work, int8_t* bytes, RowBound*
     store_int8(last, whole);
     std::memcpy(bytes + d, last, static_cast<size_t>(D - d));
   }
-  // Each sum of squares is short of the exact one by at most a factor 1 - (D + 2) u; the root halves that.
+  // Each sum of squares is short of the exact one by at most a factor 1 - (D + 2) u; the root halves that (PROOF.md,
+  // section 3).
   const float inflate = 1.0f + (static_cast<float>(D) + 16.0f) * kUnit;
   bound->scale = scale;
   bound->norm = std::sqrt(sum(squares)) * inflate;
@@ -141,7 +142,7 @@ void quantise(const float* row, int64_t D, float* work, int8_t* bytes, RowBound*
   bound->sum = static_cast<int32_t>(sum(sums));
 }
 
-// --- The coarse stage ----------------------------------------------------------------------------------------------
+// --- The coarse stage (PROOF.md, section 6) ------------------------------------------------------------------------
 
 // R rows against C directions.
 template <int R, int C>
@@ -221,6 +222,7 @@ void coarsen(const float* row, int64_t D, float* projected, int64_t rank, float 
   // A basis that is not quite orthonormal can make the projection longer than the row.
   const float whole = static_cast<float>(norm * inflate);
   bound->norm = bound->norm > whole ? bound->norm : whole;
+  bound->odd = !(bound->norm <= kMost);  // next to nothing along the basis
   bound->rest = rest > 0.0 ? static_cast<float>(std::sqrt(rest) * inflate) : 0.0f;
 }
 

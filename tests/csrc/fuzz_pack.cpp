@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "core/check.h"
+#include "core/isa.h"
 #include "ops/patch_ffn.h"
 #include "screen/screen.h"
 #include "testing.h"
@@ -32,7 +33,7 @@ class Source {
 
   void bytes(void* target, size_t count) {
     const size_t some = std::min(count, left_);
-    std::memset(target, 0, count);
+    if (count > 0) std::memset(target, 0, count);
     if (some > 0) std::memcpy(target, data_, some);
     data_ += some;
     left_ -= some;
@@ -148,6 +149,6 @@ int main(int argc, char** argv) {
     for (auto& byte : input) byte = static_cast<uint8_t>(generator());
     LLVMFuzzerTestOneInput(input.data(), input.size());
   }
-  std::printf("%ld inputs\n", count);
+  std::printf("%ld inputs, %s\n", count, xpatch::isa_name(xpatch::isa_in_use()));
 }
 #endif

@@ -50,10 +50,35 @@ def sanitized(tmp_path_factory):
     return folder / "xpatch_native_tests"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="the sanitizers of GCC and Clang")
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+# In the order of preference; a name above what the machine has runs the best below it, and its output says which.
+ISAS = ["portable", "dotprod", "avx2", "avx2vnni", "avx512", "avx512vnni"]
+with_sanitizers = pytest.mark.skipif(os.name == "nt", reason="the sanitizers of GCC and Clang")
+
+
+def run_on(isa, *command):
+    found = run(*command, XPATCH_ISA=isa)
+    if not found.rstrip().endswith(f", {isa}"):
+        pytest.skip(f"this machine or build has no {isa}: {found.strip()}")
+    return found
+
+
+@with_sanitizers
+@pytest.mark.parametrize("isa", ISAS)
 def test_core_under_sanitizers(sanitized, isa):
-    assert "shapes" in run(sanitized, XPATCH_ISA=isa)
+    assert "shapes" in run_on(isa, sanitized)
+
+
+@with_sanitizers
+@pytest.mark.parametrize("isa", ISAS)
+def test_key_packer_on_random_and_damaged_bytes(sanitized, isa):
+    seed = 1 + ISAS.index(isa)
+    assert "3000 inputs" in run_on(isa, sanitized.with_name("xpatch_fuzz_pack"), "3000", str(seed))
+
+
+@with_sanitizers
+def test_thread_pool_under_thread_sanitizer(tmp_path):
+    build(tmp_path, XPATCH_CUDA="OFF", XPATCH_NATIVE_TESTS="ON", XPATCH_SANITIZE="THREAD")
+    assert "shapes" in run(tmp_path / "xpatch_native_tests", "few", TSAN_OPTIONS="halt_on_error=1")
 
 
 def test_builds_without_cuda(tmp_path):

@@ -106,8 +106,8 @@ def test_where_everything_fires_dense_matmuls_run(M, dtype):
 
 
 def test_what_the_sample_does_not_see_stops_the_call_at_its_limit():
-    x, keys, bias, values = draw(10, 40, 1600, 6, 20)
-    bias.view(-1, 64)[:, :16] -= 1000  # every fourth group of 16, which are those sampled
+    x, keys, bias, values = draw(10, 40, 1536, 6, 20)
+    bias.view(-1, 128)[:, :16] -= 1000  # every eighth group of 16, which are those sampled
     arguments = (x, keys, bias, values, "relu", pack_keys(keys, bias, "relu"))
     assert native_call(*arguments)[1][0]
     assert torch.equal(patch_ffn(*arguments), reference.patch_ffn(*arguments[:5]))

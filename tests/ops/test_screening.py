@@ -381,7 +381,7 @@ def pack_along(keys, bias, activation, basis):
 
 def among_silent_ones(keys, bias):
     """Every fourth group of 16 neurons never fires. The kernel samples those alone, and so uses the coarse stage."""
-    count = -(-len(keys) // 48)
+    count = -(-len(keys) // 96) * 2  # eight groups each: the sample takes every eighth
     room = torch.zeros(count, 64, keys.shape[1]), torch.full((count, 64), -1e4)
     for target, source in zip(room, (keys, bias), strict=True):
         some = torch.cat([source, target[0, :1].expand(count * 48 - len(source), *source.shape[1:])])
@@ -441,6 +441,18 @@ def test_directions_of_keys_of_every_size(size):
     assert_exact(x, keys * size, bias, values, "relu")
     keys[:, 3:] = 0  # of rank 3
     assert_exact(x, keys * size, bias, values, "gelu")
+
+
+def test_rows_and_keys_with_next_to_nothing_along_the_basis():
+    """Scaled up by what little there is, the rest would overflow."""
+    directions = torch.eye(8)[:1]
+    for little in (0.0, 1e-45, 1e-13, 2.0**-40, 1e-11, 1e-6):
+        x, key = torch.ones(8), -torch.ones(8)
+        x[0] = key[0] = little
+        for size in (1.0, 2.0**24, 2.0**50):
+            biases = biases_around(x * size, key * size, 0.0, 2, 12)
+            keys, bias = among_silent_ones((key * size).repeat(len(biases), 1), biases)
+            assert_bound_holds(x * size, keys, bias, "relu", pack_along(keys, bias, "relu", directions))
 
 
 def test_a_basis_that_is_not_orthonormal_is_refused():
