@@ -1,10 +1,11 @@
 """From trained neurons to other cases: more of them, rows with outlier coordinates, and neurons that all fire. All of it declared here.
 
-More neurons are resampled ones with measured noise. The noise is what separates sibling edits: a drawn neuron gets the differences
-of two drawn neurons from their nearest trained neighbours, in keys and values, with normal weights that keep their covariance. Its
-key's length and its bias are then set so that its pre-activations keep their mean and their variance over the memory's rows.
-(What separates two trainings of one edit with different seeds is far less: such copies lie at a cosine of 0.997 of each other, and
-a kernel that groups neurons would be flattered.)
+More neurons are resampled ones with measured noise. The noise is half of what separates sibling edits: a drawn neuron gets `SPREAD`
+times the differences of two drawn neurons from their nearest trained neighbours, in keys and values, with normal weights that keep
+their covariance. Its key's length and its bias are then set so that its pre-activations keep their mean and their variance over the
+memory's rows. (With all of what separates siblings the histogram stays too, but half of the few pairs that fire are lost. Two
+trainings of one edit with different seeds lie at a cosine of 0.997 of each other: with that as the noise, a kernel that groups
+neurons would be flattered.)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 CUTS = {"relu": 0.0, "gelu": -5.543, "gelu_tanh": -5.062}
 """Where an fp32 activation is exactly 0 in PyTorch, everywhere below."""
+SPREAD = 0.5
 OUTLIERS, SMALLEST, LARGEST, STRESS = 4, 20.0, 60.0, 5.0
 BINS = 80
 _BLOCK = 65536
@@ -46,7 +48,7 @@ def resample(
         size = min(_BLOCK, count - start)
         chosen = torch.randint(len(bias), (size,), generator=generator)
         drawn = torch.randint(len(noise_keys), (2, size), generator=generator)
-        weight = torch.randn(2, size, 1, generator=generator) / 2**0.5
+        weight = torch.randn(2, size, 1, generator=generator) * (SPREAD / 2**0.5)
         old = keys[chosen]
         new = old + (weight * noise_keys[drawn]).sum(0)
         new *= ((old @ spread.T).norm(dim=1) / (new @ spread.T).norm(dim=1)).unsqueeze(1)
