@@ -9,6 +9,7 @@
 #include "ops/ball.h"
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -22,8 +23,9 @@ namespace {
 constexpr int64_t kPanelRows = 256;  // rows held at once
 constexpr int64_t kBlockKeys = 256;  // keys one task compares with all rows of the panel
 constexpr int64_t kBlockGroups = kBlockKeys / kGroup;
-constexpr int64_t kRowsAtOnce = 16;  // rows rounded together
-constexpr int64_t kScreenFromKeys = 256;
+constexpr int64_t kRowsAtOnce = 16;       // rows rounded together
+constexpr int64_t kScreenFromKeys = 256;  // measured, as is the next one
+constexpr int64_t kKeptAtMost = 8;        // where more than one pair in so many is kept, screening does not pay
 constexpr double kSerialWork = 1 << 17;
 
 struct Matrix {
@@ -91,7 +93,14 @@ class Screen {
       stage.groups += group * stage.stride;
       uint16_t masks[kBlockGroups * kPanelRows];
       for (int64_t row = 0; row < rows; ++row) found[static_cast<size_t>(row * key_blocks + block)] = Nearest();
-      if (screener_.screen(bytes_.data(), bounds_.data(), rows, stage, groups, masks) == 0) return;
+      if (kept_.load(std::memory_order_relaxed) > looked_at_.load(std::memory_order_relaxed) / kKeptAtMost) {
+        return plain(x, rows, block, found);
+      }
+      const int64_t kept = screener_.screen(bytes_.data(), bounds_.data(), rows, stage, groups, masks);
+      looked_at_.fetch_add(rows * groups * kGroup, std::memory_order_relaxed);
+      if (kept == 0) return;
+      kept_.fetch_add(kept, std::memory_order_relaxed);
+      if (kept > rows * groups * kGroup / kKeptAtMost) return plain(x, rows, block, found);
       std::vector<float> copy(static_cast<size_t>(op_.dtype == DType::fp32 ? 0 : op_.D));
       for (int64_t g = 0; g < groups; ++g) {
         const uint16_t* mask = masks + g * rows;
@@ -129,6 +138,19 @@ class Screen {
     });
   }
 
+  // One block of keys without screening, which has the same results.
+  void plain(const Matrix& x, int64_t rows, int64_t block, std::vector<Nearest>& found) const {
+    const int64_t first = block * kBlockKeys, count = std::min(kBlockKeys, op_.K - first);
+    std::vector<float> copy(static_cast<size_t>(op_.dtype == DType::fp32 ? 0 : count * op_.D));
+    const Matrix keys = as_fp32(op_.keys, op_.dtype, op_.keys_stride, first, count, op_.D, copy.data());
+    for (int64_t row = 0; row < rows; ++row) {
+      Nearest here =
+          kernels_.within(x.data + row * x.stride, keys.data, keys.stride, radii_.data() + first, count, op_.D);
+      if (here.key >= 0) here.key += first;
+      found[static_cast<size_t>(row * blocks(op_.K, kBlockKeys) + block)] = here;
+    }
+  }
+
   const Ball& op_;
   const std::vector<float>& radii_;
   const int threads_;
@@ -137,6 +159,7 @@ class Screen {
   const BallKernels& kernels_ = XPATCH_KERNELS(ball_kernels);
   std::vector<int8_t> bytes_;
   std::vector<RowBound> bounds_;
+  std::atomic<int64_t> looked_at_{0}, kept_{0};  // pairs
 };
 
 }  // namespace
