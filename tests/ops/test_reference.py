@@ -39,6 +39,24 @@ def test_patch_ffn_neuron_by_neuron():
     torch.testing.assert_close(reference.patch_ffn(x, keys, bias, values, "relu"), expected)
 
 
+def test_patch_ffn_with_masks_and_what_fired_neuron_by_neuron():
+    x, keys, bias, values = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5), torch.randn(5, 2)
+    inner, outer, language = torch.rand(3, 4), torch.rand(3, 2), torch.tensor([2, 0])
+    expected, pairs = torch.zeros(2, 3, 2), []
+    for b in range(2):
+        for t in range(3):
+            for n in range(5):
+                score = float((x[b, t] * inner[language[b]]) @ keys[n] + bias[n])
+                expected[b, t] += max(score, 0.0) * values[n] * outer[language[b]]
+                if score > 0:
+                    pairs.append([3 * b + t, n])
+    out, fired = reference.patch_ffn_fired(x, keys, bias, values, "relu", inner, outer, language)
+    torch.testing.assert_close(out, expected)
+    assert fired.tolist() == pairs and fired.is_contiguous()
+    none = reference.patch_ffn_fired(x[:0], keys[:0], bias[:0], values[:0], "relu")
+    assert none[0].shape == (0, 3, 2) and none[1].shape == (0, 2)
+
+
 def test_lowrank_and_dense():
     x, down, up, bias = torch.randn(2, 3, 4), torch.randn(2, 4), torch.randn(5, 2), torch.randn(5)
     torch.testing.assert_close(reference.lowrank(x, down, up), x @ (up @ down).t())
