@@ -142,7 +142,7 @@ class _Shelf:
         key = (cell.patches, cell.n, cell.rows, cell.dtype)
         if self._held is None or self._held[0] != key:
             self._held = None
-            make = self._cases
+            make: Callable[..., Any] | None = self._cases
             if make is None:
                 from . import trained
 
