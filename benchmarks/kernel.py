@@ -147,7 +147,7 @@ class _Shelf:
                 from . import trained
 
                 make = trained.cases
-            about = {"width": self._width, "seed": self._seed, "positions": cell.rows}
+            about: dict[str, Any] = {"width": self._width, "seed": self._seed, "positions": cell.rows}
             case = make(cell.patches, neurons=cell.n, rows=self.rows, progress=False, **about)
             self._held = (key, case, kernel_point.load(case, DTYPES[cell.dtype]))
         return self._held[1], self._held[2]
