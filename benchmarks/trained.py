@@ -10,7 +10,6 @@ Seed 0 is for what is reported, seed 1 for what is tuned: other claims and other
 from __future__ import annotations
 
 import argparse
-import collections
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,13 @@ from xpatch import XpatchError
 
 from . import texts, trained_base, trained_neurons, trained_scale
 from .progress import steps
-from .trained_base import Base, Report, write
-from .trained_neurons import FOLDER, Trained
+from .trained_base import Base, write
+from .trained_neurons import FOLDER
 
 Kind = Literal["default", "paper", "outlier", "adversarial"]
 Positions = Literal["read", "tokens"]
 KINDS: Sequence[Kind] = ("default", "paper", "outlier", "adversarial")
 TRAINED = 5000  # neurons really trained; more are resampled
-PAIRED = 192  # claims trained again with another seed: the noise of resampled neurons
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,12 @@ def cases(
         held = _rows(base, texts.held_out(rows, seed, base.languages), positions, rows, folder)
         bar.end()
         bar.begin("resampling")
-        chosen = _grow(base, preset, found, neurons, seed, dtype, folder, bar.report, settings)
+        keys, bias, values = found.keys[:neurons], found.bias[:neurons], found.values[:neurons]
+        if neurons > len(bias):
+            generator = torch.Generator().manual_seed(seed)
+            memory = memory_rows(base, folder)
+            keys, bias, values = trained_scale.resample((keys, bias, values), memory, neurons, generator, dtype)
         bar.end()
-    keys, bias, values = chosen
     several = len(keys) > len(found.bias)  # else the case is some of the trained ones, and the same ones are compared
     own = (found.keys, found.bias) if several else (keys, bias)
     before = trained_scale.scores(*own, held["x"])
@@ -125,36 +126,6 @@ def _source(width: int, source: str | None) -> str:
     if trained_base.SOURCES.get(source) != width:
         raise XpatchError(f"source {source!r} has not the width {width}; sources and widths: {trained_base.SOURCES}")
     return source
-
-
-def _grow(
-    base: Base, preset: str, found: Trained, count: int, seed: int, dtype: torch.dtype, folder: Path | None, report: Report,
-    settings: Mapping[str, Any],
-) -> trained_scale.Tensors:  # fmt: skip
-    """The first `count` of the trained neurons, or all of them and resampled ones."""
-    own = (found.keys, found.bias, found.values)
-    if count <= len(found.bias):
-        return own[0][:count], own[1][:count], own[2][:count]
-    again = trained_neurons.gather(
-        base, preset, 1, seed, folder=folder, report=report, training_seed=seed + 1000, **{**settings, "block": PAIRED}
-    )
-    pairs = pair(found, again)
-    memory = memory_rows(base, folder)
-    return trained_scale.resample(own, pairs, memory, count, torch.Generator().manual_seed(seed), dtype)
-
-
-def pair(first: Trained, second: Trained) -> tuple[trained_scale.Tensors, trained_scale.Tensors]:
-    """The neurons of the edits that have as many in both trainings, in the same order. Raises `XpatchError` where there are none."""
-    owned = [collections.Counter(found.owner.tolist()) for found in (first, second)]
-    shared = torch.tensor([owner for owner, count in owned[0].items() if owned[1][owner] == count])
-    if not len(shared):
-        raise XpatchError("no edit has as many neurons in both trainings: no noise can be measured; train more claims")
-    sides = []
-    for found in (first, second):
-        index = torch.isin(found.owner, shared).nonzero().flatten()
-        index = index[found.owner[index].argsort(stable=True)]
-        sides.append((found.keys[index], found.bias[index], found.values[index]))
-    return sides[0], sides[1]
 
 
 def memory_rows(base: Base, folder: Path | None = FOLDER, count: int = 2000) -> torch.Tensor:

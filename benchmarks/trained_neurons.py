@@ -29,35 +29,35 @@ MEMORY = 1000  # claims per language that edits must leave alone
 # What is done otherwise than in the presets, so that 5 000 neurons take minutes on one core: `default` trains a third of its steps on a
 # third of its memory rows in a step. How many edits are right all the same is in `info`.
 RECIPE: Mapping[str, Mapping[str, Any]] = {"default": {"steps": 200, "memory_per_step": 2000}, "paper": {}}
-TENSORS = ("keys", "bias", "values", "owner")
+TENSORS = ("keys", "bias", "values")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """keys `[N, D]`, bias `[N]`, values `[N, D]` fp32, owner `[N]` (the claim's number), activation, and what became of the claims."""
+    """keys `[N, D]`, bias `[N]`, values `[N, D]` fp32, activation, and what became of the claims: status -> number, over all blocks."""
 
     keys: torch.Tensor
     bias: torch.Tensor
     values: torch.Tensor
-    owner: torch.Tensor
     activation: str
     info: Mapping[str, Any]
 
 
 def gather(
     base: Base, preset: str, neurons: int, seed: int = 0, *, folder: Path | None = None, report: Report | None = None,
-    block: int = BLOCK, memory: int = MEMORY, training_seed: int | None = None, **overrides: Any,
+    block: int = BLOCK, memory: int = MEMORY, **overrides: Any,
 ) -> Trained:  # fmt: skip
-    """At least `neurons` neurons, as many whole blocks as that takes. seed: which claims; training_seed (the same): how they are
-    trained. overrides: settings instead of the preset's. Blocks are kept in `folder` where one is given.
+    """At least `neurons` neurons, as many whole blocks as that takes.
+
+    seed: which claims, and how they are trained. folder: where blocks are kept, if anywhere. block: claims of one edit call; memory: claims
+    per language. overrides: settings instead of the preset's. Raises `XpatchError` where a block gives no neuron.
     """
     settings = {**RECIPE[preset], **overrides}
-    trainer = seed if training_seed is None else training_seed
     spared = texts.memory(base.languages, memory)
     kept = None
     if folder is not None:
         first = [request.model_dump(mode="json") for request in texts.requests(seed, 0, block, base.languages)]
-        kept = folder / f"{preset}-{key(base, [preset, settings, trainer, first, spared])}"
+        kept = folder / f"{preset}-{key(base, [preset, settings, seed, first, spared])}"
     found: list[Trained] = []
     while sum(len(part.bias) for part in found) < neurons:
         number = len(found)
@@ -65,7 +65,7 @@ def gather(
         if path is None or not path.is_file():
             patches = xpatch.edit(
                 base.model, base.tokenizer, texts.requests(seed, number * block, (number + 1) * block, base.languages),
-                method="mpn", preset=preset, memory=spared, seed=trainer,
+                method="mpn", preset=preset, memory=spared, seed=seed,
                 progress=report or False, **settings,
             )  # fmt: skip
             base.forget()
@@ -75,16 +75,16 @@ def gather(
                 write(path, {name: getattr(made, name) for name in TENSORS}, header)
         else:
             made = _read(path)
-        if not len(made.bias) and not sum(made.info["claims"].get(name, 0) for name in ("edited", "failed", "lost")):
+        if not len(made.bias):
             raise xpatch.XpatchError(
-                f"block {number} of {block} claims: the classifier answers all of them right; nothing to train"
+                f"block {number} of {block} claims gave no neuron: {made.info['claims']}; take larger blocks or more steps"
             )
         found.append(made)
     claims = sum((collections.Counter(part.info["claims"]) for part in found), collections.Counter())
     seconds = sum(part.info["seconds"] for part in found)
     info = {"claims": dict(claims), "blocks": len(found), "seconds": round(seconds, 1), "settings": settings}
-    keys, bias, values, owner = (torch.cat([getattr(part, name) for part in found]) for name in TENSORS)
-    return Trained(keys, bias, values, owner, found[0].activation, info)
+    keys, bias, values = (torch.cat([getattr(part, name) for part in found]) for name in TENSORS)
+    return Trained(keys, bias, values, found[0].activation, info)
 
 
 def rows(
@@ -136,17 +136,12 @@ def _of(patches: xpatch.PatchSet, base: Base) -> Trained:
     info = {"claims": dict(claims), "seconds": round(seconds, 1)}
     if not isinstance(part, xpatch.PatchNeurons):
         width = base.model.config.hidden_size
-        return Trained(
-            torch.zeros(0, width), torch.zeros(0), torch.zeros(0, width), torch.zeros(0, dtype=torch.long), "relu", info
-        )
-    owner = torch.full((len(part.bias),), -1)
-    for record in patches.edits:
-        owner[[row for rows in record.rows.values() for row in rows]] = int(record.id.partition(":")[0])
-    return Trained(part.keys, part.bias, part.values, owner, part.activation, info)
+        return Trained(torch.zeros(0, width), torch.zeros(0), torch.zeros(0, width), "relu", info)
+    return Trained(part.keys, part.bias, part.values, part.activation, info)
 
 
 def _read(path: Path) -> Trained:
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
-        keys, bias, values, owner = (file.get_tensor(name) for name in TENSORS)
-    return Trained(keys, bias, values, owner, header["activation"], json.loads(header["info"]))
+        keys, bias, values = (file.get_tensor(name) for name in TENSORS)
+    return Trained(keys, bias, values, header["activation"], json.loads(header["info"]))

@@ -18,8 +18,14 @@ def ball_cpu(
     x_stride: int,
     keys_stride: int,
     dtype: int,
+    packed: int,
+    packed_bytes: int,
+    always_screen: bool,
     threads: int,
     /,
+) -> None: ...
+def pack_balls_cpu(
+    keys: int, radii: int, K: int, D: int, keys_stride: int, dtype: int, packed: int, threads: int, /
 ) -> None: ...
 def ball_cuda(
     x: int,

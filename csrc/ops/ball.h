@@ -23,12 +23,17 @@ struct Ball {
   int64_t M = 0, D = 0, K = 0;
   int64_t x_stride = 0, keys_stride = 0;
   DType dtype = DType::fp32;
+
+  // Only the CPU reads what follows: what pack_balls (screen/screen.h) wrote for these keys and radii, or null.
+  const uint8_t* packed = nullptr;
+  int64_t packed_bytes = 0;
+  bool always_screen = false;  // also where it does not pay
 };
 
 // Throws Error for sizes, strides or pointers that cannot be right.
 void check(const Ball& op);
 
-// Runs on the CPU with at most `threads` threads; the same for any thread count.
+// Runs on the CPU with at most `threads` threads; the same for any thread count, and with or without packed keys.
 void ball(const Ball& op, int threads);
 
 // Launches on the caller's CUDA stream: no allocation, no synchronisation. Throws Error when the launch fails or when
@@ -51,6 +56,8 @@ struct BallKernels {
                     int64_t D);
   // The nearest of `count` keys among those at a distance of at most `bound`.
   Nearest (*nearest)(const float* x, const float* keys, int64_t keys_stride, int64_t count, int64_t D, float bound);
+  // The sum of the squares of x[D].
+  float (*squares)(const float* x, int64_t D);
 };
 
 XPATCH_DECLARE_KERNELS(BallKernels, ball_kernels)

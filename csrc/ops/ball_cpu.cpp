@@ -101,9 +101,17 @@ Nearest nearest_key(const float* x, const float* keys, int64_t keys_stride, int6
   return best;
 }
 
+float squares(const float* x, int64_t D) {
+  Vec acc = zero();
+  int64_t d = 0;
+  for (; d + W <= D; d += W) acc = multiply_add(load(x + d), load(x + d), acc);
+  if (d < D) acc = multiply_add(load_first(x + d, D - d), load_first(x + d, D - d), acc);
+  return sum(acc);
+}
+
 }  // namespace
 
-const BallKernels ball_kernels = {within, nearest_key};
+const BallKernels ball_kernels = {within, nearest_key, squares};
 
 }  // namespace XPATCH_ISA
 }  // namespace xpatch

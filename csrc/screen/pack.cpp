@@ -29,6 +29,7 @@ constexpr int64_t kConsts = 4 * kGroup;
 constexpr double kSkewAtMost = 0.01;
 constexpr int64_t kMaxRank = 1024;
 constexpr float kMostBias = 0x1.0p126f;
+constexpr int32_t kBalls = -1;  // stands in the header where keys of neurons have their activation
 
 int64_t groups_of(int64_t N) { return (N + kGroup - 1) / kGroup; }
 
@@ -117,6 +118,41 @@ void begin_group(const Stage& stage, uint8_t* group, float* consts) {
   for (int64_t i = 0; i < kConsts; ++i) {
     consts[i] = i / kGroup == 2 ? -std::numeric_limits<float>::max() : 0.0f;  // what lanes beyond N keep
   }
+}
+
+// What both kinds of packed keys share; `kind` is the activation's code or kBalls.
+PackedKeys read(const uint8_t* packed, int64_t bytes, int64_t N, int64_t D, int32_t kind) {
+  XPATCH_CHECK(packed != nullptr && bytes >= static_cast<int64_t>(sizeof(Header)),
+               "packed keys: expected at least " << sizeof(Header) << " bytes, found " << bytes);
+  Header header;
+  std::memcpy(&header, packed, sizeof header);
+  XPATCH_CHECK(std::memcmp(header.magic, kMagic, sizeof kMagic) == 0,
+               "packed keys: these bytes were not written by pack_keys or pack_balls");
+  XPATCH_CHECK(header.N == N && header.D == D && header.activation == kind,
+               "packed keys: expected N=" << N << " D=" << D << " activation code " << kind << "; found N=" << header.N
+                                          << " D=" << header.D << " activation code " << header.activation << " ("
+                                          << kBalls << ": balls); pack the keys that are served");
+  XPATCH_CHECK(D >= 1 && D <= kMaxScreenedWidth && N >= 0 && header.rank >= 0 && header.rank <= std::min(D, kMaxRank) &&
+                   header.skew >= 0.0f && header.skew <= static_cast<float>(kSkewAtMost) * 1.01f,
+               "packed keys: the header is damaged (rank " << header.rank << ", skew " << header.skew << ")");
+  const Layout layout(N, D, header.rank);
+  XPATCH_CHECK(header.bytes == layout.bytes && bytes == layout.bytes,
+               "packed keys: expected " << layout.bytes << " bytes, found " << bytes << " (" << header.bytes
+                                        << " by their header)");
+  PackedKeys view;
+  view.N = N;
+  view.D = D;
+  view.count = groups_of(N);
+  view.full = layout.full_stage;
+  view.full.groups = packed + layout.full;
+  if (header.rank > 0) {
+    view.coarse = layout.coarse_stage;
+    view.coarse.groups = packed + layout.coarse;
+    view.basis = reinterpret_cast<const float*>(packed + layout.basis);
+    view.rank = header.rank;
+    view.skew = header.skew;
+  }
+  return view;
 }
 
 }  // namespace
@@ -218,38 +254,90 @@ void pack_keys(const void* keys, int64_t keys_stride, const void* bias, DType dt
 }
 
 PackedKeys read_packed(const uint8_t* packed, int64_t bytes, int64_t N, int64_t D, Activation activation) {
-  XPATCH_CHECK(packed != nullptr && bytes >= static_cast<int64_t>(sizeof(Header)),
-               "packed keys: expected at least " << sizeof(Header) << " bytes, found " << bytes);
-  Header header;
-  std::memcpy(&header, packed, sizeof header);
-  XPATCH_CHECK(std::memcmp(header.magic, kMagic, sizeof kMagic) == 0,
-               "packed keys: these bytes were not written by pack_keys");
-  XPATCH_CHECK(header.N == N && header.D == D && header.activation == static_cast<int32_t>(activation),
-               "packed keys: expected N=" << N << " D=" << D << " activation code " << static_cast<int>(activation)
-                                          << "; found N=" << header.N << " D=" << header.D << " activation code "
-                                          << header.activation << "; pack the keys that are served");
-  XPATCH_CHECK(can_screen(activation, D) && N >= 0 && header.rank >= 0 && header.rank <= std::min(D, kMaxRank) &&
-                   header.skew >= 0.0f && header.skew <= static_cast<float>(kSkewAtMost) * 1.01f,
-               "packed keys: the header is damaged (rank " << header.rank << ", skew " << header.skew << ")");
-  const Layout layout(N, D, header.rank);
-  XPATCH_CHECK(header.bytes == layout.bytes && bytes == layout.bytes,
-               "packed keys: expected " << layout.bytes << " bytes, found " << bytes << " (" << header.bytes
-                                        << " by their header)");
-  PackedKeys view;
-  view.N = N;
-  view.D = D;
-  view.count = groups_of(N);
+  XPATCH_CHECK(can_screen(activation, D), "packed keys: these keys cannot be screened: D="
+                                              << D << ", activation code " << static_cast<int>(activation));
+  PackedKeys view = read(packed, bytes, N, D, static_cast<int32_t>(activation));
   view.activation = activation;
-  view.full = layout.full_stage;
-  view.full.groups = packed + layout.full;
-  if (header.rank > 0) {
-    view.coarse = layout.coarse_stage;
-    view.coarse.groups = packed + layout.coarse;
-    view.basis = reinterpret_cast<const float*>(packed + layout.basis);
-    view.rank = header.rank;
-    view.skew = header.skew;
-  }
   return view;
+}
+
+// --- Balls ---------------------------------------------------------------------------------------------------------
+//
+// |x - k| <= R is x.k + (R^2 - |k|^2) / 2 - |x|^2 / 2 >= 0: a score with a bias of the key's and one of the row's. The
+// bytes bound x.k from above as for neurons (a and b), c the key's bias, e * rest the row's, all in both scales.
+//
+// R is above the radius r, for the kernel compares fp32 distances. Its squared distance is at least (1 - (D + 4) u) of
+// the exact one less D 2^-125 (what underflow may take), the root another 1 - u; with
+//     R^2 = r^2 (1 + 2 (D + 32) u) + D 2^-124
+// an exact distance above R gives an fp32 distance above r: (1 + 2 (D + 32) u) (1 - (D + 4) u) > (1 + 2 u)^2 while
+// D u <= 2^-9, which kMaxScreenedWidth grants.
+//
+// The row's bias is negative, so both of its factors are rounded towards zero. The four roundings of the final sum are
+// relative to |S|, |c scale|, |rest e| and the rest: b, c and a hold slack for theirs, and the 16 u taken off e cover
+// those of rest e. Largest and least coordinates of what can be screened (screen_cpu.cpp) keep every product finite:
+// |rest e| < 2^125, and above 2^-83 unless the row is 0, so that flushing to zero is far below that slack.
+
+void pack_balls(const void* keys, int64_t keys_stride, const void* radii, DType dtype, int64_t K, int64_t D,
+                uint8_t* packed, int threads) {
+  XPATCH_CHECK(D >= 1 && D <= kMaxScreenedWidth,
+               "pack_balls: expected 1 <= D <= " << kMaxScreenedWidth << ", found D=" << D);
+  XPATCH_CHECK(K >= 0, "pack_balls: K must not be negative, found " << K);
+  XPATCH_CHECK(K <= 1 || keys_stride >= D,
+               "pack_balls: keys row stride must be at least D=" << D << ", found " << keys_stride);
+  XPATCH_CHECK((keys != nullptr && radii != nullptr) || K == 0, "pack_balls: keys or radii is a null pointer");
+  XPATCH_CHECK(packed != nullptr, "pack_balls: packed is a null pointer");
+  XPATCH_CHECK(threads >= 1, "pack_balls: threads must be at least 1, found " << threads);
+  const Layout layout(K, D, 0);
+  Header header = {};
+  std::memcpy(header.magic, kMagic, sizeof kMagic);
+  header.N = K;
+  header.D = D;
+  header.activation = kBalls;
+  header.bytes = layout.bytes;
+  std::memcpy(packed, &header, sizeof header);
+
+  const ScreenKernels& kernels = XPATCH_KERNELS(screen_kernels);
+  const Stage& stage = layout.full_stage;
+  const double width = static_cast<double>(D);
+  parallel_for(groups_of(K), K * D < (1 << 16) ? 1 : threads, [&](int64_t g) {
+    const std::unique_ptr<float[]> floats(new float[static_cast<size_t>(2 * D)]);
+    const std::unique_ptr<int8_t[]> bytes(new int8_t[static_cast<size_t>(stage.width())]);
+    float *key = floats.get(), *work = key + D;
+    float consts[kConsts];
+    uint8_t* group = packed + layout.full + g * stage.stride;
+    begin_group(stage, group, consts);
+    for (int64_t i = 0; i < std::min(kGroup, K - g * kGroup); ++i) {
+      const int64_t k = g * kGroup + i;
+      widen(static_cast<const char*>(keys) + k * keys_stride * size_of(dtype), dtype, D, key);
+      float radius;
+      widen(static_cast<const char*>(radii) + k * size_of(dtype), dtype, 1, &radius);
+      double squares = 0.0;
+      for (int64_t d = 0; d < D; ++d) squares += static_cast<double>(key[d]) * key[d];
+      squares *= 1.0 - (width + 16.0) * 0x1.0p-53;
+      const double reach = static_cast<double>(radius) * radius * (1.0 + 2.0 * (width + 32.0) * kUnit);
+      const double bias = (reach + width * 0x1.0p-124 - squares) / 2.0;
+      RowBound bound;
+      kernels.quantise(key, D, work, bytes.get(), &bound);
+      // Not finite, also for a radius that is: it survives always.
+      const bool fits = bias <= static_cast<double>(kMostBias);
+      bounds_of(bytes.get(), bound, fits ? round_up(bias) : std::numeric_limits<float>::infinity(), 0.0f, D, D, 0.0,
+                consts + i);
+      if (std::isfinite(consts[2 * kGroup + i])) {
+        consts[3 * kGroup + i] = static_cast<float>(static_cast<double>(bound.scale) * (1.0 - 16.0 * kUnit));
+      }
+      put_key(bytes.get(), stage.steps, i, group);
+    }
+    std::memcpy(group + stage.steps * kStepBytes, consts, sizeof consts);
+  });
+}
+
+PackedKeys read_packed_balls(const uint8_t* packed, int64_t bytes, int64_t K, int64_t D) {
+  return read(packed, bytes, K, D, kBalls);
+}
+
+float ball_rest(float squares, float scale, int64_t D) {
+  const double least = static_cast<double>(squares) * (1.0 - (static_cast<double>(D) + 16.0) * kUnit);
+  return static_cast<float>(-0.5 * least * static_cast<double>(scale) * (1.0 - 2.0 * kUnit));
 }
 
 }  // namespace xpatch

@@ -58,12 +58,26 @@ void pack_keys(const void* keys, int64_t keys_stride, const void* bias, DType dt
 // Throws Error unless the bytes are what pack_keys wrote for these sizes and this activation.
 PackedKeys read_packed(const uint8_t* packed, int64_t bytes, int64_t N, int64_t D, Activation activation);
 
+// The same for balls: keys[K,D] with row stride `keys_stride` and radii[K], both `dtype`, 1 <= D <= kMaxScreenedWidth.
+// packed_bytes(K, D, 0) bytes, no coarse stage; c bounds (radius^2 - |key|^2) / 2 and e is the key's scale, rounded
+// down, so that a row whose `rest` is ball_rest() is passed over only where its fp32 distance is above the radius. A
+// key whose radius is not finite survives always. pack.cpp derives it.
+void pack_balls(const void* keys, int64_t keys_stride, const void* radii, DType dtype, int64_t K, int64_t D,
+                uint8_t* packed, int threads);
+
+// Throws Error unless the bytes are what pack_balls wrote for these sizes.
+PackedKeys read_packed_balls(const uint8_t* packed, int64_t bytes, int64_t K, int64_t D);
+
+// `rest` of a row of the given scale for balls: -|row|^2 / 2 in the row's scale, rounded towards zero. `squares`: the
+// sum of the row's D squares in fp32.
+float ball_rest(float squares, float scale, int64_t D);
+
 // A rounded row: row * scale = bytes + error, up to fp32 rounding that `norm` bounds through the keys' b.
 struct RowBound {
   float scale = 1.0f;
   float error = 0.0f;  // >= |row * scale - bytes|
   float norm = 0.0f;   // >= |row * scale|
-  float rest = 0.0f;   // >= |what the bytes leave out of row * scale|
+  float rest = 0.0f;   // >= |what the bytes leave out of row * scale|; for balls ball_rest()
   int32_t sum = 0;     // of the bytes
   bool odd = false;    // not finite or of extreme size: cannot be screened
 };

@@ -11,7 +11,7 @@ from xpatch.ops.registry.library import in_torch_func
 from xpatch.ops.registry.lowrank import lowrank
 from xpatch.ops.registry.mask import mask
 from xpatch.ops.registry.patch_ffn import patch_ffn, patch_ffn_fired
-from xpatch.ops.screening import pack_keys, screening_stats
+from xpatch.ops.screening import pack_balls, pack_keys, screening_stats
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,6 +22,7 @@ __all__ = [
     "in_torch_func",
     "lowrank",
     "mask",
+    "pack_balls",
     "pack_keys",
     "patch_ffn",
     "patch_ffn_capacity",

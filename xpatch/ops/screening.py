@@ -55,6 +55,42 @@ def pack_keys(keys: Tensor, bias: Tensor, activation: str) -> Tensor | None:
     return packed
 
 
+def pack_balls(keys: Tensor, radii: Tensor) -> Tensor | None:
+    """The balls as :func:`xpatch.ops.ball` screens them: int8 keys, with what bounds their rounding (csrc/screen/pack.cpp).
+
+    Args:
+        keys: ``[K, D]``, fp32, fp16 or bf16.
+        radii: ``[K]``, same dtype and device.
+
+    Returns:
+        ``[bytes]`` uint8, about K·D bytes, on the CPU; it is meant for this process and these tensors. None where screening cannot
+        help: no native build, another device or dtype, no keys, D of 0 or above 32 768.
+
+    Raises:
+        MismatchError: keys and radii do not fit together.
+    """
+    if keys.ndim != 2 or radii.ndim != 1 or radii.shape[0] != keys.shape[0]:
+        raise refuse("pack_balls", "keys [K, D] and radii [K]", keys=keys, radii=radii)
+    if keys.dtype != radii.dtype or keys.device != radii.device:
+        raise refuse("pack_balls", "one dtype and one device", keys=keys, radii=radii)
+    count, width = keys.shape
+    if keys.device.type != "cpu" or not count or native.backend_for("cpu", keys.dtype) != "native":
+        return None
+    module = native.load()
+    if not module.can_screen(CODES["relu"], width):  # the width alone decides
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        keys, radii = dense_rows(keys.detach()), radii.detach().contiguous()
+        packed = torch.empty(module.packed_bytes(count, width, 0), dtype=torch.uint8)
+        call_native(
+            "pack_balls",
+            keys.device,
+            *(keys.data_ptr(), radii.data_ptr(), count, width, keys.stride(0)),
+            *(native.DTYPE_CODES[keys.dtype], packed.data_ptr()),
+        )
+    return packed
+
+
 def _leading_directions(keys: Tensor) -> Tensor | None:
     """`[R, D]` fp32, orthonormal: about the directions along which keys `[N, D]` are longest; None where they are not finite.
 

@@ -115,7 +115,7 @@ def _entering(tensors: dict[str, torch.Tensor], x: torch.Tensor, language: torch
 def _opened(gate: Gate, x: torch.Tensor, delta: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """Where the gate lets the part act: `[..., 1]` bool."""
     if gate.kind == "ball":
-        return ball(x, tensors["gate_keys"], tensors["gate_radii"]).unsqueeze(-1)
+        return ball(x, tensors["gate_keys"], tensors["gate_radii"], tensors.get("gate_packed")).unsqueeze(-1)
     return torch.linalg.vector_norm(delta, dim=-1, keepdim=True) >= (gate.threshold or 0.0)
 
 

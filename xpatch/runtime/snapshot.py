@@ -12,7 +12,7 @@ from torch import nn
 
 from xpatch.errors import MismatchError
 from xpatch.models.anatomy import FFNSite, ffn_site, find_ffn_sites, linear
-from xpatch.ops import pack_keys
+from xpatch.ops import pack_balls, pack_keys
 from xpatch.patches.types import Gate, Part, PatchNeurons, PatchSet
 from xpatch.runtime.runs import DeltaRun, steps_of
 
@@ -30,6 +30,7 @@ class Tensors:
     """A part's tensors, cast once per device and dtype. What is handed out is never written to.
 
     activation: of patch neurons, whose keys are also packed for screening (`packed`, where the native kernel can use them).
+    The keys of a ball gate are packed as `gate_packed`.
     """
 
     def __init__(self, masters: Mapping[str, torch.Tensor], activation: str | None = None) -> None:
@@ -50,6 +51,9 @@ class Tensors:
                 packed = self._activation and pack_keys(cast["keys"], cast["bias"], self._activation)
                 if isinstance(packed, torch.Tensor):
                     cast["packed"] = packed
+                balls = pack_balls(cast["gate_keys"], cast["gate_radii"]) if "gate_keys" in cast else None
+                if balls is not None:
+                    cast["gate_packed"] = balls
             self._cast[(device, dtype)] = cast
         return cast
 

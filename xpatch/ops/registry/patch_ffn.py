@@ -111,11 +111,11 @@ def _needs_no_dispatch(*tensors: Tensor | None) -> bool:
         return False
     gradients = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is not None and (
-            (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter)
-            or tensor.device.type != "cpu"
-            or (gradients and tensor.requires_grad)
-        ):
+        if tensor is None:
+            continue
+        if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or not tensor.is_cpu:
+            return False
+        if gradients and tensor.requires_grad:
             return False
     return True
 
@@ -137,33 +137,40 @@ def _check(
         masks = {"mask_inner": mask_inner, "mask_outer": mask_outer, "language": language}
         return refuse("patch_ffn", expected, x=x, keys=keys, bias=bias, values=values, packed=packed, **masks)
 
-    if x.ndim < 1 or keys.ndim != 2 or bias.ndim != 1 or values.ndim != 2:
+    # Each look at a tensor takes as long as scoring a neuron: none is taken twice.
+    lead, of_keys, of_bias, of_values = x.shape, keys.shape, bias.shape, values.shape
+    dtype, device = x.dtype, x.device
+    if len(lead) < 1 or len(of_keys) != 2 or len(of_bias) != 1 or len(of_values) != 2:
         raise misfit("x [..., D], keys [N, D], bias [N], values [N, V]")
-    if keys.shape[1] != x.shape[-1]:
+    if of_keys[1] != lead[-1]:
         raise misfit("the width of x and keys to be equal (D)")
-    if bias.shape[0] != keys.shape[0] or values.shape[0] != keys.shape[0]:
+    if of_bias[0] != of_keys[0] or of_values[0] != of_keys[0]:
         raise misfit("keys, bias and values to hold the same number of neurons (N)")
-    masks = [mask for mask in (mask_inner, mask_outer) if mask is not None]
-    if not x.dtype.is_floating_point or any(t.dtype != x.dtype for t in (keys, bias, values, *masks)):
+    if not dtype.is_floating_point or keys.dtype != dtype or bias.dtype != dtype or values.dtype != dtype:
         raise misfit("one floating dtype for all")
-    others = [t for t in (keys, bias, values, language, *masks) if t is not None]
-    if any(t.device != x.device for t in others):
+    if keys.device != device or bias.device != device or values.device != device:
         raise misfit("one device for all")
     if packed is not None and (
         packed.dtype != torch.uint8 or packed.ndim != 1 or packed.device.type not in ("cpu", "meta")
     ):
         raise misfit("packed to be the 1-D uint8 CPU tensor that xpatch.ops.pack_keys returns")
-    if masks and language is None:
+    if language is None and mask_inner is None and mask_outer is None:
+        return reference.canonical_activation(activation)
+    masks = [mask for mask in (mask_inner, mask_outer) if mask is not None]
+    if any(mask.dtype != dtype for mask in masks):
+        raise misfit("one floating dtype for all")
+    if any(t is not None and t.device != device for t in (*masks, language)):
+        raise misfit("one device for all")
+    if language is None:
         raise misfit("language, an int64 tensor over x's first axes, beside masks")
-    if language is not None:
-        if language.dtype != torch.int64 or language.shape != x.shape[: language.ndim] or language.ndim >= x.ndim:
-            raise misfit("language to be int64 over x's first axes")
-        if any(mask.ndim != 2 or mask.shape[0] != masks[0].shape[0] for mask in masks):
-            raise misfit("mask_inner [L, D] and mask_outer [L, V] of the same languages")
-        if mask_inner is not None and mask_inner.shape[1] != x.shape[-1]:
-            raise misfit("mask_inner [L, D] with the width of x")
-        if mask_outer is not None and mask_outer.shape[1] != values.shape[1]:
-            raise misfit("mask_outer [L, V] with the width of values")
+    if language.dtype != torch.int64 or language.shape != lead[: language.ndim] or language.ndim >= len(lead):
+        raise misfit("language to be int64 over x's first axes")
+    if any(mask.ndim != 2 or mask.shape[0] != masks[0].shape[0] for mask in masks):
+        raise misfit("mask_inner [L, D] and mask_outer [L, V] of the same languages")
+    if mask_inner is not None and mask_inner.shape[1] != lead[-1]:
+        raise misfit("mask_inner [L, D] with the width of x")
+    if mask_outer is not None and mask_outer.shape[1] != of_values[1]:
+        raise misfit("mask_outer [L, V] with the width of values")
     return reference.canonical_activation(activation)
 
 
@@ -215,7 +222,7 @@ def native_call(
         languages = next(t.shape[0] for t in (mask_inner, mask_outer) if t is not None)
         addresses = tuple(0 if t is None else t.data_ptr() for t in (mask_inner, mask_outer, language))
     bias, packed = bias.contiguous(), packed.contiguous()
-    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
+    out = torch.empty((count, columns) if x.ndim == 2 else (*x.shape[:-1], columns), dtype=x.dtype)
     result = call_native(
         "patch_ffn",
         x.device,
