@@ -58,7 +58,7 @@ def assert_exact(x, keys, bias, values, activation, masks=NO_MASKS):
 
 def survivors(x, keys, packed, activation):
     """Which (row, neuron) pairs are not passed over: with a huge bias, all that are computed fire."""
-    huge, values = keys.new_full((keys.shape[0],), 1e30), keys.new_zeros((keys.shape[0], 0))
+    huge, values = keys.new_full((keys.shape[0],), 2.0**126), keys.new_zeros((keys.shape[0], 0))
     _, result = run(x, keys, huge, values, activation, packed, want_fired=True)
     kept = torch.zeros(x.shape[0], keys.shape[0], dtype=torch.bool)
     if result[3]:
@@ -403,7 +403,7 @@ BASES = {
 }
 
 
-@pytest.mark.parametrize("activation", CUTS)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize(("R", "D"), [(1, 1), (1, 9), (9, 9), (4, 33), (16, 256), (65, 300), (64, 64)])
 def test_the_bound_of_the_coarse_stage_holds(R, D, basis, activation):
@@ -428,8 +428,8 @@ def test_the_bound_of_the_coarse_stage_holds(R, D, basis, activation):
 def test_coarse_keys_have_the_bits_of_unscreened():
     """As `pack_keys` chooses the directions, for the shapes where it does."""
     x, keys, bias, values = draw(40, 300, 2500, 5, offset=-5.5)
-    keys, x = keys * torch.logspace(0, -2, 300), x * torch.logspace(0.7, -1, 300)
-    result = assert_exact(x, keys, bias - 2, values, "relu")
+    keys, x = keys * torch.logspace(0, -5, 300), x * torch.logspace(0.7, -1, 300)
+    result = assert_exact(x, keys, bias, values, "relu")
     assert result[4] and 0 < result[2] < 0.05 * result[1]
     x[3, 5], x[4], keys[7], bias[9] = NAN, 0, INF, NAN
     assert_exact(x, keys, bias, values, "relu")
