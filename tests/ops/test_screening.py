@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from xpatch.ops import native, pack_keys, patch_ffn, reference
 from xpatch.ops.registry.patch_ffn import native_call
+from xpatch.ops.screening import COARSE_FROM_NEURONS, COARSE_FROM_WIDTH
 
 NAN, INF, LARGEST = math.nan, math.inf, torch.finfo(torch.float32).max
 CUTS = {"relu": 0.0, "gelu": -5.543, "gelu_tanh": -5.158, "silu": -88.723}
@@ -427,7 +428,7 @@ def test_the_bound_of_the_coarse_stage_holds(R, D, basis, activation):
 
 def test_coarse_keys_have_the_bits_of_unscreened():
     """As `pack_keys` chooses the directions, for the shapes where it does."""
-    x, keys, bias, values = draw(40, 300, 2500, 5, offset=-5.5)
+    x, keys, bias, values = draw(40, 300, COARSE_FROM_NEURONS + 5, 5, offset=-5.5)
     keys, x = keys * torch.logspace(0, -5, 300), x * torch.logspace(0.7, -1, 300)
     result = assert_exact(x, keys, bias, values, "relu")
     assert result[4] and 0 < result[2] < 0.05 * result[1]
@@ -437,7 +438,7 @@ def test_coarse_keys_have_the_bits_of_unscreened():
 
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-30, 1e-12, 1e16, 1e30])
 def test_directions_of_keys_of_every_size(size):
-    x, keys, bias, values = draw(4, 256, 2048, 2, offset=-5)
+    x, keys, bias, values = draw(4, COARSE_FROM_WIDTH, COARSE_FROM_NEURONS, 2, offset=-5)
     assert_exact(x, keys * size, bias, values, "relu")
     keys[:, 3:] = 0  # of rank 3
     assert_exact(x, keys * size, bias, values, "gelu")
