@@ -1,6 +1,6 @@
 """The patches every kernel benchmark is timed on: neurons trained by the project's own editor, on rows they were not trained on.
 
-    python -m xpatch.benchmarks.trained --width 768 --neurons 3000 --rows 1024      # make them, and say what they are
+    python -m xpatch.benchmarks.trained --width 768 --neurons 5000 --rows 1024      # make them, and say what they are
 
 `cases` gives one case: `TRAINED` neurons really trained by `mpn`, resampled ones beyond (trained_scale.py), and rows x of held-out
 sentences. What was trained is kept in `benchmarks/results/trained.work`; an interrupted run goes on where it stopped.
@@ -28,7 +28,7 @@ from .trained_neurons import FOLDER
 Kind = Literal["default", "paper", "outlier", "adversarial"]
 Positions = Literal["read", "tokens"]
 KINDS: Sequence[Kind] = ("default", "paper", "outlier", "adversarial")
-TRAINED = 3000  # neurons really trained; more are resampled
+TRAINED = 5000  # neurons really trained; more are resampled
 
 
 @dataclass(frozen=True)
