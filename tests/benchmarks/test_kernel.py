@@ -132,8 +132,8 @@ def test_statistics_of_the_screening(drawn_cases, monkeypatch):
     loaded = kernel_point.load(drawn_cases("default", 2000, 64, 16, seed=0), torch.float32)
     found = kernel_point.point(loaded, 8, 15)
     assert found["fired_share"] <= found["survivors_share"] < 1 and found["dense_path"] in (False, True)
-    every = kernel_point.load(drawn_cases("adversarial", 2000, 64, 16, seed=0), torch.float32)
-    found = kernel_point.point(every, 32, 15)
+    every = kernel_point.load(drawn_cases("adversarial", 2000, 128, 16, seed=0), torch.float32)
+    found = kernel_point.point(every, 128, 15)
     assert found["survivors_share"] == 1.0 and found["dense_path"] is True
     monkeypatch.setattr(ops, "pack_keys", lambda *args: None)
     found = kernel_point.point(kernel_point.load(drawn_cases("default", 20, 8, 16, seed=0), torch.float32), 8, 15)
