@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument(
-        "--neurons", nargs="+", default=["verifier=300", "minilm=1000", "wide=5000"], metavar="SOURCE=N"
+        "--neurons", nargs="+", default=["wide=4500"], metavar="SOURCE=N"
     )
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where trained neurons are kept")
