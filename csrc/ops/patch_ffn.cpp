@@ -127,7 +127,7 @@ class Call {
     if (coarse_ && sampled_share(rows) > full_above(op_.M)) coarse_ = false;
     result_.coarse = coarse_;
     // Twice the share: a sample is small, and the whole call stops by itself at its limit.
-    return coarse_ || always_ || sampled_share(rows) <= 2.0 * dense_above(op_.M);
+    return coarse_ || always_ || sampled_share(rows) <= std::min(2.0 * dense_above(op_.M), 0.9);
   }
 
   double sampled_share(int64_t rows) {

@@ -289,10 +289,29 @@ inline int64_t screen_row(const int8_t* bytes, const RowBound& bound, const uint
   return put_mask(add(add(acc[0], acc[1]), add(acc[2], acc[3])), group, steps, bound, mask);
 }
 
-// All rows against C groups.
+// Asks for the next groups' lines a few at a time while rows are computed against these, so that memory is never waited
+// for. A row alone is left to the hardware: it reads the groups as they lie.
+class Ahead {
+ public:
+  Ahead(const uint8_t* next, int64_t bytes, int64_t rows)
+      : next_(next), end_(rows < 4 ? next : next + bytes), lines_(rows < 4 ? 0 : bytes / 64 / rows + 1) {}
+  void after(int64_t rows) {
+#if defined(__GNUC__)
+    for (int64_t i = lines_ * rows; i > 0 && next_ < end_; --i, next_ += 64) __builtin_prefetch(next_);
+#else
+    static_cast<void>(rows);
+#endif
+  }
+
+ private:
+  const uint8_t *next_, *end_;
+  int64_t lines_;
+};
+
+// All rows against C groups; `next_bytes` of further groups follow them.
 template <int C>
 inline int64_t screen_groups(const int8_t* bytes, const RowBound* bounds, int64_t rows, const uint8_t* groups,
-                             int64_t stride, int64_t steps, uint16_t* masks) {
+                             int64_t stride, int64_t steps, int64_t next_bytes, uint16_t* masks) {
 #if defined(__AVX512VNNI__)
   constexpr int R = 12;
 #elif defined(__AVX512F__)
@@ -302,14 +321,18 @@ inline int64_t screen_groups(const int8_t* bytes, const RowBound* bounds, int64_
 #endif
   int64_t found = 0, m = 0;
   const int64_t width = 4 * steps;
+  Ahead ahead(groups + C * stride, next_bytes, rows);
   for (; m + R <= rows; m += R) {
     found += screen_tile<R, C>(bytes + m * width, bounds + m, groups, stride, steps, masks + m, rows);
+    ahead.after(R);
   }
   for (; m + 4 <= rows; m += 4) {
     found += screen_tile<4, C>(bytes + m * width, bounds + m, groups, stride, steps, masks + m, rows);
+    ahead.after(4);
   }
   for (; m + 2 <= rows; m += 2) {
     found += screen_tile<2, C>(bytes + m * width, bounds + m, groups, stride, steps, masks + m, rows);
+    ahead.after(2);
   }
   for (; m < rows; ++m) {
     for (int c = 0; c < C; ++c) {
@@ -330,10 +353,11 @@ int64_t screen(const int8_t* bytes, const RowBound* bounds, int64_t rows, const 
 #endif
   int64_t found = 0, g = 0;
   for (; g + C <= count; g += C) {
-    found += screen_groups<C>(bytes, bounds, rows, groups + g * stride, stride, steps, masks + g * rows);
+    const int64_t next = count - g - C < C ? count - g - C : C;
+    found += screen_groups<C>(bytes, bounds, rows, groups + g * stride, stride, steps, next * stride, masks + g * rows);
   }
   for (; g < count; ++g) {
-    found += screen_groups<1>(bytes, bounds, rows, groups + g * stride, stride, steps, masks + g * rows);
+    found += screen_groups<1>(bytes, bounds, rows, groups + g * stride, stride, steps, 0, masks + g * rows);
   }
   return found;
 }
