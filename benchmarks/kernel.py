@@ -142,12 +142,12 @@ class _Shelf:
         key = (cell.patches, cell.n, cell.rows, cell.dtype)
         if self._held is None or self._held[0] != key:
             self._held = None
-            make = self._cases
+            make: Callable[..., Any] | None = self._cases
             if make is None:
                 from . import trained
 
                 make = trained.cases
-            about = {"width": self._width, "seed": self._seed, "positions": cell.rows}
+            about: dict[str, Any] = {"width": self._width, "seed": self._seed, "positions": cell.rows}
             case = make(cell.patches, neurons=cell.n, rows=self.rows, progress=False, **about)
             self._held = (key, case, kernel_point.load(case, DTYPES[cell.dtype]))
         return self._held[1], self._held[2]

@@ -24,7 +24,7 @@ def case_for(width: int, neurons: int, seed: int, cases: Callable[..., Any] | No
         from . import trained
 
         cases = trained.cases
-    wanted = {"neurons": neurons, "rows": CASE_ROWS, "seed": seed, "progress": False}
+    wanted: dict[str, Any] = {"neurons": neurons, "rows": CASE_ROWS, "seed": seed, "progress": False}
     try:
         return cases("default", width=width, **wanted)
     except xpatch.XpatchError:

@@ -49,8 +49,8 @@ class Case:
 
 
 def cases(
-    kind: Kind, neurons: int, rows: int, width: int = 768, *, dtype: torch.dtype = torch.float32, seed: int = 0,
-    positions: Positions = "read", source: str | None = None, base: Base | None = None, folder: Path | None = FOLDER,
+    kind: str, neurons: int, rows: int, width: int = 768, *, dtype: torch.dtype = torch.float32, seed: int = 0,
+    positions: str = "read", source: str | None = None, base: Base | None = None, folder: Path | None = FOLDER,
     trained: int = TRAINED, progress: bool | None = None, settings: Mapping[str, Any] | None = None,
 ) -> Case:  # fmt: skip
     """`neurons` patch neurons and `rows` rows of width `width`. Equal arguments give equal tensors on one machine.

@@ -24,7 +24,7 @@ constexpr int64_t kPanelRows = 256;  // rows held at once
 constexpr int64_t kBlockKeys = 256;  // keys one task compares with all rows of the panel
 constexpr int64_t kBlockGroups = kBlockKeys / kGroup;
 constexpr int64_t kRowsAtOnce = 16;       // rows rounded together
-constexpr int64_t kScreenFromKeys = 256;  // measured, as is the next one
+constexpr int64_t kScreenFromKeys = 256;  // measured
 constexpr int64_t kKeptAtMost = 8;        // where more than one pair in so many is kept, screening does not pay
 constexpr double kSerialWork = 1 << 17;
 

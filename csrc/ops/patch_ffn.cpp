@@ -20,6 +20,8 @@ constexpr int64_t kBlockGroups = 32;
 constexpr int64_t kBlockColumns = 256;
 constexpr int64_t kValuesAtOnce = 32;     // value rows widened at once
 constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds below which waking threads costs more than it saves
+constexpr int64_t kSmallWork =
+    1 << 22;  // below this the call never gives up: a row's bits then do not depend on others
 constexpr int64_t kSampledRows = 16, kSampledGroups = 16;
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
@@ -54,7 +56,7 @@ class Call {
   Call(const PatchFfn& op, const PackedKeys& packed, bool always, bool want_fired, int threads)
       : op_(op),
         packed_(packed),
-        always_(always),
+        always_(always || op.M * op.N * (op.D + op.V) < kSmallWork),
         want_fired_(want_fired),
         threads_(op.M * op.N * op.D < kSerialWork ? 1 : threads),
         limit_(dense_above(op.M) * static_cast<double>(op.M) * static_cast<double>(op.N)) {}

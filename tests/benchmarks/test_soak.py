@@ -52,7 +52,11 @@ def test_a_history_knows_what_a_call_may_have_seen():
 def test_every_state_has_an_answer_of_its_own():
     subject = encoder(3)
     answers = table(subject)
-    assert len(subject.states) == 6 and len(answers["plain"]) == 6
+    # A state has an answer for each order in which its sets' sums were formed; no two states share one.
+    assert sorted({named(state) for states in answers["plain"].values() for state in states}) == sorted(
+        map(named, subject.states)
+    )
+    assert len(subject.states) == 6 and all(len(states) == 1 for states in answers["plain"].values())
     assert len(answers["disabled"]) == 1
     refused = {named(state) for state in answers["named rows"][REFUSED]}
     assert refused == {"none", "B", "B'"}

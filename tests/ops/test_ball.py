@@ -339,7 +339,7 @@ def test_screening_gives_up_where_all_keys_are_close():
 def test_packed_balls_that_do_not_belong_are_refused():
     x, keys, radii = torch.randn(3, 8), torch.randn(400, 8), torch.rand(400)
     packed = pack_balls(keys, radii)
-    for wrong in (packed[:-1], packed[:0], torch.zeros_like(packed), pack_balls(keys[1:], radii[1:]),
+    for wrong in (packed[:-1], packed[:1], torch.zeros_like(packed), pack_balls(keys[1:], radii[1:]),
                   pack_keys(keys, radii, "relu")):  # fmt: skip
         with pytest.raises(BackendError, match="packed keys"):
             native_ball(x, keys, radii, wrong, always_screen=True)

@@ -57,6 +57,10 @@ class Tensors:
             self._cast[(device, dtype)] = cast
         return cast
 
+    def replaced(self, **masters: torch.Tensor) -> Tensors:
+        """The same tensors but for these."""
+        return Tensors({**self._masters, **masters}, self._activation)
+
     def made(self) -> list[tuple[torch.device, torch.dtype]]:
         """For which devices and dtypes there are tensors already."""
         return list(self._cast)

@@ -24,7 +24,7 @@ from xpatch.runtime.firings import Firings, countable
 from xpatch.runtime.layer import add_patches, scores
 from xpatch.runtime.routing import Route
 from xpatch.runtime.routing import rows as choosing
-from xpatch.runtime.snapshot import AppliedSet, PreparedPart, Snapshot, Tensors, prepare_set
+from xpatch.runtime.snapshot import AppliedSet, PreparedPart, Snapshot, prepare_set
 from xpatch.watch.answers import Reader
 from xpatch.watch.texts import Text
 from xpatch.watch.twin import twin_of
@@ -277,12 +277,12 @@ class _Varied(Runtime):
 
 
 def _silenced(part: PreparedPart, rows: tuple[int, ...]) -> PreparedPart:
-    tensors = dict(part.tensors.on(torch.device("cpu"), torch.float32))
+    silent = torch.tensor(rows)
     if isinstance(part.part, LowRankDelta):
-        tensors["up"] = tensors["up"].index_fill(1, torch.tensor(rows), 0)
-    else:
-        tensors["values"] = tensors["values"].index_fill(0, torch.tensor(rows), 0)
-    return replace(part, tensors=Tensors(tensors))
+        up = part.part.up.index_fill(1, silent.to(part.part.up.device), 0)
+        return replace(part, tensors=part.tensors.replaced(up=up))
+    values = part.part.values.index_fill(0, silent.to(part.part.values.device), 0)  # type: ignore[union-attr]
+    return replace(part, tensors=part.tensors.replaced(values=values))
 
 
 def _part_of(route: Route, rows: list[int]) -> Route:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import xpatch
-from xpatch.ops import patch_ffn
+from xpatch.ops import pack_keys, patch_ffn
 from xpatch.runtime import attach
 from xpatch.runtime.attach import WRITERS, runtime_of
 
@@ -83,12 +83,13 @@ def test_a_childs_child(served):
 
 def test_the_native_pool_works_in_a_child():
     torch.set_num_threads(2)
-    x, keys, bias, values = torch.randn(512, 64), torch.randn(40, 64), torch.randn(40), torch.randn(40, 64)
-    expected = patch_ffn(x, keys, bias, values, "relu")
+    x, keys, bias, values = torch.randn(4096, 64), torch.randn(40, 64), torch.randn(40) - 30, torch.randn(40, 64)
+    packed = pack_keys(keys, bias, "relu")
+    expected = patch_ffn(x, keys, bias, values, "relu", packed)
 
     def work():
         torch.set_num_threads(2)
-        return torch.equal(patch_ffn(x, keys, bias, values, "relu"), expected)
+        return torch.equal(patch_ffn(x, keys, bias, values, "relu", packed), expected)
 
     assert in_child(work) is True
 

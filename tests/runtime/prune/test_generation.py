@@ -101,5 +101,7 @@ def test_patches_beside_the_attention_join_the_rows_they_were_given(lively, toke
         for name in "qkvo"
     }
     full = xpatch.apply(copy.deepcopy(model), xpatch.PatchSet(parts))
-    xpatch.apply(xpatch.optimize(model), xpatch.PatchSet(parts))  # its hooks come later, and still before the rows are spread
+    xpatch.apply(
+        xpatch.optimize(model), xpatch.PatchSet(parts)
+    )  # its hooks come later, and still before the rows are spread
     near(model(token_ids, logits_to_keep=keep).logits, full(token_ids, logits_to_keep=keep).logits)
