@@ -168,9 +168,8 @@ class Call {
       const int64_t beyond = (group + block_groups) * kGroup - op_.N;
       for (int64_t m = 0; beyond > 0 && m < block_rows; ++m) {
         uint16_t& last = masks[(block_groups - 1) * block_rows + m];
-        if (last >> (kGroup - beyond) == 0) continue;
+        for (int more = last >> (kGroup - beyond); more != 0; more &= more - 1) --found;
         last = static_cast<uint16_t>(last & (0xFFFF >> beyond));
-        found -= beyond;
       }
       if (found == 0) return;
       const int64_t total = survivors_.fetch_add(found, std::memory_order_relaxed) + found;
