@@ -43,7 +43,7 @@ struct Hit {
 double dense_above(int64_t M) { return M <= 2 ? 0.6 : M <= 8 ? 0.35 : 0.2; }
 
 // The share of survivors above which the full stage pays beside the coarse one.
-double full_above(int64_t M) { return M <= 2 ? 0.12 : 0.012; }
+double full_above(int64_t M) { return M <= 2 ? 0.02 : 0.006; }
 
 float fp32_at(const void* matrix, DType dtype, int64_t index) {
   float value;

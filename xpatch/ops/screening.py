@@ -10,8 +10,8 @@ from xpatch.ops import native, reference
 from xpatch.ops.registry.library import call_native, dense_rows, refuse
 from xpatch.ops.registry.patch_ffn import CODES, _check, native_call
 
-#: From here on it pays to look at a quarter of the coordinates first: those along the keys' leading directions.
-COARSE_FROM_NEURONS, COARSE_FROM_WIDTH, COARSE_SHARE = 4096, 64, 4
+#: From here on it pays to look at a third of the coordinates first: those along the keys' leading directions.
+COARSE_FROM_NEURONS, COARSE_FROM_WIDTH, COARSE_SHARE = 4096, 64, 3
 SAMPLED_KEYS, RANK_AT_MOST = 2048, 1024
 
 
