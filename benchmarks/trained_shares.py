@@ -146,9 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m xpatch.benchmarks.trained_shares", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument(
-        "--neurons", nargs="+", default=["wide=4500"], metavar="SOURCE=N"
-    )
+    parser.add_argument("--neurons", nargs="+", default=["wide=4500"], metavar="SOURCE=N")
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where trained neurons are kept")
     found = parser.parse_args(argv)
