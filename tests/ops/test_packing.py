@@ -153,6 +153,32 @@ def test_screening_stats():
     assert screening_stats(x[:0], keys, bias, packed, "relu")["pairs"] == 0
 
 
+def test_stats_say_dense_where_the_operator_itself_gives_up():
+    """Near the size below which a call never does: values are as wide as keys there."""
+    for N in (40_000, 60_000):
+        x, keys, bias, values = draw(1, 40, N, 40, 20)
+        packed = pack_keys(keys, bias, "relu")
+        gave_up = native_call(x, keys, bias, values, "relu", packed)[1][0]
+        assert screening_stats(x, keys, bias, packed, "relu")["dense"] is gave_up is (N == 60_000)
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0, 1e30, math.nan])
+def test_keys_without_leading_directions_are_packed_all_the_same(fill):
+    """All alike, so that they span one direction or none, or too long for a basis."""
+    keys, bias, values, x = (
+        torch.full((4200, 96), fill),
+        torch.full((4200,), -1.0),
+        torch.randn(4200, 5),
+        torch.randn(3, 96),
+    )
+    packed = pack_keys(keys, bias, "relu")
+    found, expected = (
+        patch_ffn(x, keys, bias, values, "relu", packed),
+        reference.patch_ffn(x, keys, bias, values, "relu"),
+    )
+    torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-3, atol=1e-2)
+
+
 def test_stats_count_no_lanes_beyond_the_neurons():
     """A row of NaN keeps all neurons, and no more than there are."""
     x, keys, bias, _ = draw(2, 8, 17, 1)

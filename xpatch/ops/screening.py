@@ -118,7 +118,9 @@ def screening_stats(x: Tensor, keys: Tensor, bias: Tensor, packed: Tensor, activ
     Raises:
         MismatchError: the tensors do not fit together, or are not where the native kernel can see them.
     """
-    values = keys.new_zeros((keys.shape[0], 1))
+    values = (
+        keys  # as wide as the values of neurons beside an FFN: the width decides when a call is too small to give up
+    )
     activation = _check(x, keys, bias, values, activation, packed)
     if x.device.type != "cpu" or native.backend_for("cpu", x.dtype) != "native":
         raise MismatchError(
