@@ -164,7 +164,7 @@ class _Shelf:
 
 
 def _pack_ms(loaded: kernel_point.Loaded) -> dict[str, Any]:
-    call = functools.partial(ops.pack_keys, loaded.keys, loaded.bias, loaded.activation)
+    call = functools.partial(ops.pack_keys, loaded.keys, loaded.bias, loaded.activation, loaded.memory)
     if loaded.keys.shape[0] <= PACK_REPEATS_UP_TO:
         found = measure({"pack": call}, 15, warmup=1)["pack"]
         return {"pack_ms": found["p50_ms"], "pack_iqr_ms": found["iqr_ms"]}

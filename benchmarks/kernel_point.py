@@ -26,11 +26,12 @@ CHUNK = 16384  # neurons at a time in float64
 
 @dataclass(frozen=True)
 class Loaded:
-    """Patches ready to be timed. x, y `[R, D]`: rows at the FFN's input and the FFN's own output; keys, values `[N, D]`; bias `[N]`;
-    packed: what `xpatch.ops.pack_keys` made of the keys, None where it cannot."""
+    """Patches ready to be timed. x, y `[R, D]`: rows at the FFN's input and the FFN's own output; memory `[R', D]`: rows that the keys
+    are packed for; keys, values `[N, D]`; bias `[N]`; packed: what `xpatch.ops.pack_keys` made of the keys, None where it cannot."""
 
     x: Tensor
     y: Tensor
+    memory: Tensor
     keys: Tensor
     bias: Tensor
     values: Tensor
@@ -39,9 +40,10 @@ class Loaded:
 
 
 def load(case: Any, dtype: torch.dtype) -> Loaded:
-    """A case of `xpatch.benchmarks.trained` in `dtype`, its keys packed."""
+    """A case of `xpatch.benchmarks.trained` in `dtype`, its keys packed for rows like the memory's."""
     x, keys, bias, values = (tensor.to(dtype) for tensor in (case.x, case.keys, case.bias, case.values))
-    return Loaded(x, case.y, keys, bias, values, case.activation, ops.pack_keys(keys, bias, case.activation))
+    packed = ops.pack_keys(keys, bias, case.activation, case.memory)
+    return Loaded(x, case.y, case.memory, keys, bias, values, case.activation, packed)
 
 
 def dense(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str) -> Tensor:

@@ -34,7 +34,7 @@ TRAINED = 5000  # neurons really trained; more are resampled
 @dataclass(frozen=True)
 class Case:
     """Neurons and rows to time them on: keys `[N, D]`, bias `[N]`, values `[N, D]`, x `[M, D]`, and y `[M, D]`, what the FFN itself
-    gives for x. histogram: pre-activations of the trained neurons and of these (`trained_scale.histogram`); info: how they were made.
+    gives for x. memory `[M', D]` fp32: rows of the memory's claims, which keys may be packed for. histogram: pre-activations of the trained neurons and of these (`trained_scale.histogram`); info: how they were made.
     """
 
     keys: torch.Tensor
@@ -42,6 +42,7 @@ class Case:
     values: torch.Tensor
     x: torch.Tensor
     y: torch.Tensor
+    memory: torch.Tensor
     activation: str
     histogram: Mapping[str, Any]
     source: str
@@ -82,9 +83,9 @@ def cases(
         bar.end()
         bar.begin("resampling")
         keys, bias, values = found.keys[:neurons], found.bias[:neurons], found.values[:neurons]
+        memory = memory_rows(base, folder)
         if neurons > len(bias):
             generator = torch.Generator().manual_seed(seed)
-            memory = memory_rows(base, folder)
             keys, bias, values = trained_scale.resample((keys, bias, values), memory, neurons, generator, dtype)
         bar.end()
     several = len(keys) > len(found.bias)  # else the case is some of the trained ones, and the same ones are compared
@@ -93,7 +94,7 @@ def cases(
     x = held["x"]
     generator = torch.Generator().manual_seed(seed)
     if kind == "outlier":
-        keys, bias, x = trained_scale.outliers(keys, bias, x, generator)
+        keys, bias, x, memory = trained_scale.outliers(keys, bias, x, generator, memory)
     elif kind == "adversarial":
         bias = trained_scale.adversarial(keys, bias, x)
     after = trained_scale.scores(keys, bias, x)
@@ -103,6 +104,7 @@ def cases(
         values=values.to(dtype),
         x=x.to(dtype),
         y=held["y"].to(dtype),
+        memory=memory,
         activation=found.activation,
         histogram=trained_scale.histogram(before, after, found.activation),
         source=base.note.get("source", "given"),

@@ -69,8 +69,10 @@ def nearest(keys: torch.Tensor) -> torch.Tensor:
     return torch.cat(found)
 
 
-def outliers(keys: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, generator: torch.Generator) -> Tensors:
-    """keys, bias and x with outlier coordinates as large language models have them, every score as it was.
+def outliers(
+    keys: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, generator: torch.Generator, memory: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """keys, bias, x and memory with outlier coordinates as large language models have them, every score as it was.
 
     `OUTLIERS` coordinates c of x get a mean of 20 to 60 times the root mean square of x, mostly of one sign, and their own value
     shrunk by `STRESS`; the keys' entries there are `STRESS` times as large, and the bias takes up the mean:
@@ -80,10 +82,11 @@ def outliers(keys: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, generator:
     where = torch.randperm(width, generator=generator)[:OUTLIERS]
     size = x.square().mean().sqrt() * torch.empty(OUTLIERS).uniform_(SMALLEST, LARGEST, generator=generator)
     size[-1] = -size[-1]
-    keys, x = keys.clone(), x.clone()
+    keys, x, memory = keys.clone(), x.clone(), memory.clone()
     keys[:, where] *= STRESS
-    x[:, where] = size + x[:, where] / STRESS
-    return keys, (bias.double() - keys[:, where].double() @ size.double()).float(), x
+    for rows in (x, memory):
+        rows[:, where] = size + rows[:, where] / STRESS
+    return keys, (bias.double() - keys[:, where].double() @ size.double()).float(), x, memory
 
 
 def adversarial(keys: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -211,6 +211,7 @@ def drawn_cases() -> Callable[..., Any]:
         activation = "gelu" if kind == "paper" else "relu"
         found = {"edges": [-9.0, 0.0, 9.0], "shares": [0.99, 0.01]}
         told = {"histogram": found, "source": "drawn", "info": {"positions": positions}}
-        return SimpleNamespace(keys=keys, bias=bias, values=values, x=x, y=y, activation=activation, **told)
+        rows_of = {"x": x, "y": y, "memory": torch.randn(20, width, generator=draw)}
+        return SimpleNamespace(keys=keys, bias=bias, values=values, activation=activation, **rows_of, **told)
 
     return cases

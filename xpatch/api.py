@@ -23,6 +23,7 @@ from xpatch.runtime.prune import Pruning
 from xpatch.runtime.routing import BASE, Rows, rows, switched_off
 from xpatch.runtime.snapshot import Snapshot, point_at, prepare_set
 from xpatch.runtime.status import Status, status_of
+from xpatch.runtime.typical import Sample, typical_rows
 
 if TYPE_CHECKING:
     from xpatch.patches.keys import Key
@@ -75,7 +76,7 @@ def apply(
         check_fit(patches, target, tokenizer=tokenizer, allow=tuple(allow), served=served)
     with WRITERS:
         runtime = runtime_of(target) or Runtime(target)
-        applied = prepare_set(target, current, name, lambda: runtime.sites)
+        applied = prepare_set(target, current, name, lambda: runtime.sites, runtime.typical)
         if expired:
             applied = replace(applied, fingerprint=patches.fingerprint, expired=expired)
         guard_on_hooks()
@@ -114,6 +115,7 @@ def prepare(
     *,
     capacity: int | None = None,
     activation: str = "relu",
+    sample: Sample | None = None,
     off: bool = False,
 ) -> Model:
     """Put up the sites where patches will join, before there are any; returns the same model, which answers as before.
@@ -126,8 +128,11 @@ def prepare(
     sites: names of FFNs or linear layers (`xpatch inspect --model DIR` lists them), or "all" FFNs; by default the final FFN.
     capacity: also make room for so many neurons of `activation` at each of these FFNs, for CUDA graphs captured from the model's
     calls: replays see patches swapped between them. Such a capture cannot hold a row choice, gates, masks or other forms.
+    sample: the keyword arguments of a typical call of the model, or a list of them, a few hundred texts in all. The model answers
+    them once, and from then on patches at these sites and at those in use are packed for inputs like those: on the CPU thousands
+    of neurons are then screened in less time, with the same results. After `optimize`, which changes what reaches the last layer.
 
-    Raises `MismatchError` (a site that is not there), `ConflictError` (TorchScript; applied patches that do not fit the capacity).
+    Raises `MismatchError` (a site that is not there; a sample that is none), `ConflictError` (TorchScript; applied patches that do not fit the capacity).
     """
     if not isinstance(model, nn.Module):
         raise MismatchError(f"prepare(model): expected a torch.nn.Module; found {type(model).__name__}")
@@ -137,6 +142,7 @@ def prepare(
         if off:
             if runtime is not None:
                 runtime.capacity = None
+                runtime.typical = {}
                 runtime.publish(runtime.snapshot, prepared={})
                 runtime.settle()
             return model
@@ -169,7 +175,25 @@ def prepare(
         if compiled:
             drop_compiled_code()
             guard_on_hooks()
+    if sample is not None:
+        _pack_for(runtime, sample)
     return model
+
+
+def _pack_for(runtime: Runtime, sample: Sample) -> None:
+    """Pack what is applied, and what will be, for the rows that `sample` brings to the sites."""
+    points = {**runtime.prepared, **runtime.snapshot.points}
+    found = typical_rows(runtime.model, points.values(), sample)
+    with WRITERS:
+        runtime.typical = {**runtime.typical, **found}
+        sets = {
+            name: replace(
+                applied,
+                parts=prepare_set(runtime.model, applied.patches, name, lambda: runtime.sites, runtime.typical).parts,
+            )
+            for name, applied in runtime.snapshot.sets.items()
+        }
+        runtime.publish(Snapshot.of(sets, runtime.snapshot.version + 1))
 
 
 def optimize(model: Model, *, off: bool = False) -> Model:

@@ -71,7 +71,7 @@ class Call {
       const int64_t rows = std::min(panel, op_.M - row0);
       enter(row0, rows);
       if (row0 == 0 && !choose(rows)) return too_many();
-      round(rows);
+      if (row0 > 0 || !rounded_) round(rows);
       if (!screen(rows)) return too_many();
       leave(row0, rows);
     }
@@ -124,7 +124,7 @@ class Call {
   // The stage to use, by a look at a few rows and groups; false where neither pays.
   bool choose(int64_t rows) {
     coarse_ = packed_.basis != nullptr;
-    if (coarse_ && sampled_share(rows) > full_above(op_.M)) coarse_ = false;
+    if (coarse_ && sampled_share(rows) > full_above(op_.M)) coarse_ = rounded_ = false;
     result_.coarse = coarse_;
     // Twice the share: a sample is small, and the whole call stops by itself at its limit.
     return coarse_ || always_ || sampled_share(rows) <= std::min(2.0 * dense_above(op_.M), 0.9);
@@ -144,6 +144,7 @@ class Call {
         found += screener_.screen(bytes_.get() + m * one.width(), &bounds_[m], 1, one, 1, &mask);
       }
     }
+    rounded_ = some_rows == rows;
     return static_cast<double>(found) / static_cast<double>(std::max<int64_t>(some_groups * some_rows * kGroup, 1));
   }
 
@@ -315,6 +316,7 @@ class Call {
   const ScreenKernels& screener_ = XPATCH_KERNELS(screen_kernels);
   const PatchFfnKernels& kernels_ = XPATCH_KERNELS(patch_ffn_kernels);
   bool coarse_ = false;
+  bool rounded_ = false;  // whether the look at a few rows has rounded the first panel for this stage already
   int64_t row_blocks_ = 0;
   std::unique_ptr<int8_t[]> bytes_;
   std::unique_ptr<RowBound[]> bounds_;

@@ -432,6 +432,28 @@ def test_coarse_keys_have_the_bits_of_unscreened():
     assert_exact(x, keys, bias, values, "relu")
 
 
+def test_rows_choose_the_directions_and_change_no_bit():
+    """Rows are long in 40 coordinates, keys in all: only who knows the rows can look at those 40 first."""
+    x, keys, bias, values = draw(200, 256, COARSE_FROM_NEURONS, 5, offset=-5.5)
+    x[:, torch.randperm(256)[40:]] *= 0.02
+    plain, known = pack_keys(keys, bias, "relu"), pack_keys(keys, bias, "relu", x[::2].half())
+    assert known.numel() < plain.numel()
+    found = {}
+    for name, packed in (("plain", plain), ("known", known)):
+        out, found[name] = run(x[1::2], keys, bias, values, "relu", packed)
+        assert same_bits(out, run(x[1::2], keys, bias, values, "relu", unscreened(keys, bias, "relu"))[0])
+    assert found["known"][4] and found["known"][2] < 0.01 * found["known"][1] and not found["plain"][4]
+
+
+@pytest.mark.parametrize(
+    "rows", [torch.zeros(3, 64), torch.full((3, 64), NAN), torch.full((3, 64), 1e38), torch.zeros(0, 64)]
+)
+def test_odd_rows_change_no_bit_either(rows):
+    x, keys, bias, values = draw(4, COARSE_FROM_WIDTH, COARSE_FROM_NEURONS, 2, offset=-5)
+    expected = run(x, keys, bias, values, "relu", pack_keys(keys, bias, "relu"))[0]
+    assert same_bits(run(x, keys, bias, values, "relu", pack_keys(keys, bias, "relu", rows))[0], expected)
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-30, 1e-12, 1e16, 1e30])
 def test_directions_of_keys_of_every_size(size):
     x, keys, bias, values = draw(4, COARSE_FROM_WIDTH, COARSE_FROM_NEURONS, 2, offset=-5)

@@ -10,31 +10,36 @@ from xpatch.ops import native, reference
 from xpatch.ops.registry.library import call_native, dense_rows, refuse
 from xpatch.ops.registry.patch_ffn import CODES, _check, native_call
 
-#: From here on it pays to look at a third of the coordinates first: those along the keys' leading directions.
-COARSE_FROM_NEURONS, COARSE_FROM_WIDTH, COARSE_SHARE = 4096, 64, 3
+#: From here on it pays to look at a part of the coordinates first: those along the keys' leading directions, a third of them; a
+#: quarter of them where the directions of the rows are known as well.
+COARSE_FROM_NEURONS, COARSE_FROM_WIDTH, COARSE_SHARE, COARSE_SHARE_WITH_ROWS = 4096, 64, 3, 4
 SAMPLED_KEYS, RANK_AT_MOST = 2048, 1024
 
 
-def pack_keys(keys: Tensor, bias: Tensor, activation: str) -> Tensor | None:
+def pack_keys(keys: Tensor, bias: Tensor, activation: str, rows: Tensor | None = None) -> Tensor | None:
     """The keys as :func:`xpatch.ops.patch_ffn` screens them: int8, with what bounds their rounding (csrc/screen/PROOF.md).
 
     Args:
         keys: ``[N, D]``, fp32, fp16 or bf16.
         bias: ``[N]``, same dtype and device.
         activation: as for :func:`xpatch.ops.patch_ffn`; the cut-off is part of what is packed.
+        rows: ``[M, D]``, any floating dtype: typical inputs, a few hundred or more. With thousands of neurons they decide which
+            coordinates are looked at first, which rules out more neurons for less work. Results do not depend on them.
 
     Returns:
-        ``[bytes]`` uint8, about N·D bytes, on the CPU; it is meant for this process and these tensors. None where screening cannot
+        ``[bytes]`` uint8, N·D bytes and a third or a quarter more, on the CPU; it is meant for this process and these tensors. None where screening cannot
         help: no native build, another device or dtype, no neurons, D above 32 768, an activation without a cut-off (identity).
 
     Raises:
-        MismatchError: keys and bias do not fit together, or the activation is unknown.
+        MismatchError: keys and bias do not fit together, rows have another width, or the activation is unknown.
     """
     activation = reference.canonical_activation(activation)
     if keys.ndim != 2 or bias.ndim != 1 or bias.shape[0] != keys.shape[0]:
         raise refuse("pack_keys", "keys [N, D] and bias [N]", keys=keys, bias=bias)
     if keys.dtype != bias.dtype or keys.device != bias.device:
         raise refuse("pack_keys", "one dtype and one device", keys=keys, bias=bias)
+    if rows is not None and (rows.ndim != 2 or rows.shape[1] != keys.shape[1] or not rows.dtype.is_floating_point):
+        raise refuse("pack_keys", "rows [M, D] of the keys' width (D) and a floating dtype", keys=keys, rows=rows)
     count, width = keys.shape
     if keys.device.type != "cpu" or not count or native.backend_for("cpu", keys.dtype) != "native":
         return None
@@ -43,7 +48,8 @@ def pack_keys(keys: Tensor, bias: Tensor, activation: str) -> Tensor | None:
         return None
     with torch.inference_mode(False), torch.no_grad():
         keys, bias = dense_rows(keys.detach()), bias.detach().contiguous()
-        basis = _leading_directions(keys) if count >= COARSE_FROM_NEURONS and width >= COARSE_FROM_WIDTH else None
+        large = count >= COARSE_FROM_NEURONS and width >= COARSE_FROM_WIDTH
+        basis = _leading_directions(keys, rows) if large else None
         rank, where = (0, 0) if basis is None else (basis.shape[0], basis.data_ptr())
         packed = torch.empty(module.packed_bytes(count, width, rank), dtype=torch.uint8)
         call_native(
@@ -91,14 +97,19 @@ def pack_balls(keys: Tensor, radii: Tensor) -> Tensor | None:
     return packed
 
 
-def _leading_directions(keys: Tensor) -> Tensor | None:
-    """`[R, D]` fp32, orthonormal: about the directions along which keys `[N, D]` are longest; None where they are not finite.
+def _leading_directions(keys: Tensor, rows: Tensor | None = None) -> Tensor | None:
+    """`[R, D]` fp32, orthonormal: about the directions along which keys `[N, D]`, and rows `[M, D]` where they are given, are longest;
+    None where they are not finite.
 
-    Randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) over at most `SAMPLED_KEYS` of them. How good
-    the directions are decides how much is screened away, never what comes out.
+    The screening multiplies what keys and rows have outside of these directions, so both count alike. Randomised subspace iteration
+    (Halko, Martinsson and Tropp 2011, algorithm 4.4) over at most `SAMPLED_KEYS` of each. How good the directions are decides how
+    much is screened away, never what comes out.
     """
-    some = keys[:: max(1, keys.shape[0] // SAMPLED_KEYS)].float()
-    rank = min(keys.shape[1] // COARSE_SHARE // 16 * 16, RANK_AT_MOST)
+    some = _of_one_length(keys)
+    share = COARSE_SHARE
+    if rows is not None and len(rows):
+        some, share = torch.cat([some, _of_one_length(rows.detach().to(keys.device))]), COARSE_SHARE_WITH_ROWS
+    rank = min(keys.shape[1] // share // 16 * 16, RANK_AT_MOST)
     start = torch.randn(some.shape[1], rank, generator=torch.Generator().manual_seed(0))
     directions = some.T @ (some @ start)
     for _ in range(2):
@@ -106,6 +117,12 @@ def _leading_directions(keys: Tensor) -> Tensor | None:
     if not directions.isfinite().all():
         return None
     return torch.linalg.qr(directions).Q.T.contiguous()
+
+
+def _of_one_length(vectors: Tensor) -> Tensor:
+    """Some of vectors `[N, D]`, `SAMPLED_KEYS` at most, with a sum of squares of 1."""
+    some = vectors[:: -(-vectors.shape[0] // SAMPLED_KEYS)].float()
+    return some / torch.linalg.vector_norm(some).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def screening_stats(x: Tensor, keys: Tensor, bias: Tensor, packed: Tensor, activation: str) -> dict[str, int | bool]:

@@ -54,6 +54,7 @@ class Runtime:
         self.prepared: Mapping[str, Point] = {}  #: sites whose hooks stay up without patches
         self.capacity: Capacity | None = None  #: fixed buffers, for captured graphs
         self.pruning: Pruning | None = None  #: the last layer's hooks of an optimised model
+        self.typical: dict[str, torch.Tensor] = {}  #: site -> typical inputs `[M, D]`, which keys are packed for
         self.places: list[str] = []  #: site names; a compiled graph knows a site by its index here
         self._sites: list[FFNSite] | None = None
         self._base: Surgery | None = None
@@ -79,6 +80,7 @@ class Runtime:
             "prepared",
             "capacity",
             "pruning",
+            "typical",
             "places",
             "_sites",
             "_base",

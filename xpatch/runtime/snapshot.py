@@ -29,13 +29,16 @@ class Point:
 class Tensors:
     """A part's tensors, cast once per device and dtype. What is handed out is never written to.
 
-    activation: of patch neurons, whose keys are also packed for screening (`packed`, where the native kernel can use them).
-    The keys of a ball gate are packed as `gate_packed`.
+    activation: of patch neurons, whose keys are also packed for screening (`packed`, where the native kernel can use them), for
+    inputs like `rows` `[M, D]` where those are known. The keys of a ball gate are packed as `gate_packed`.
     """
 
-    def __init__(self, masters: Mapping[str, torch.Tensor], activation: str | None = None) -> None:
+    def __init__(
+        self, masters: Mapping[str, torch.Tensor], activation: str | None = None, rows: torch.Tensor | None = None
+    ) -> None:
         self._masters = dict(masters)
         self._activation = activation
+        self._rows = rows
         self._cast: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
 
     def on(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -48,7 +51,7 @@ class Tensors:
                     name: tensor.detach().to(device=device, dtype=dtype).contiguous()
                     for name, tensor in self._masters.items()
                 }
-                packed = self._activation and pack_keys(cast["keys"], cast["bias"], self._activation)
+                packed = self._activation and pack_keys(cast["keys"], cast["bias"], self._activation, self._rows)
                 if isinstance(packed, torch.Tensor):
                     cast["packed"] = packed
                 balls = pack_balls(cast["gate_keys"], cast["gate_radii"]) if "gate_keys" in cast else None
@@ -59,7 +62,7 @@ class Tensors:
 
     def replaced(self, **masters: torch.Tensor) -> Tensors:
         """The same tensors but for these."""
-        return Tensors({**self._masters, **masters}, self._activation)
+        return Tensors({**self._masters, **masters}, self._activation, self._rows)
 
     def made(self) -> list[tuple[torch.device, torch.dtype]]:
         """For which devices and dtypes there are tensors already."""
@@ -133,15 +136,19 @@ EMPTY = Snapshot()
 
 
 def prepare_set(
-    model: nn.Module, patches: PatchSet, name: str, sites: Callable[[], list[FFNSite]] | None = None
+    model: nn.Module,
+    patches: PatchSet,
+    name: str,
+    sites: Callable[[], list[FFNSite]] | None = None,
+    typical: Mapping[str, torch.Tensor] | None = None,
 ) -> AppliedSet:
     """Check that every part has its site in `model` and cast its tensors for the layer it joins. Changes nothing.
 
-    sites: gives the model's FFNs where they were found before. Raises `MismatchError` where a site is missing or has other widths.
+    sites: gives the model's FFNs where they were found before. typical: site -> typical inputs `[M, D]`, where known. Raises `MismatchError` where a site is missing or has other widths.
     """
     needs_sites = any(isinstance(part, PatchNeurons) for part in patches.parts.values())
     found = (sites() if sites is not None else find_ffn_sites(model)) if needs_sites else []
-    parts = tuple(_prepare_part(model, patches, name, key, found) for key in patches.parts)
+    parts = tuple(_prepare_part(model, patches, name, key, found, typical or {}) for key in patches.parts)
     return AppliedSet(name, patches, patches.fingerprint, parts)
 
 
@@ -157,7 +164,14 @@ def point_at(model: nn.Module, name: str, sites: list[FFNSite]) -> tuple[Point, 
     return Point(name, name, name), (inside, outside)
 
 
-def _prepare_part(model: nn.Module, patches: PatchSet, set_name: str, name: str, sites: list[FFNSite]) -> PreparedPart:
+def _prepare_part(
+    model: nn.Module,
+    patches: PatchSet,
+    set_name: str,
+    name: str,
+    sites: list[FFNSite],
+    typical: Mapping[str, torch.Tensor],
+) -> PreparedPart:
     part = patches.parts[name]
     if isinstance(part, PatchNeurons):
         ffn_site(model, part.site, sites)  # a linear layer of that name is not enough
@@ -185,7 +199,7 @@ def _prepare_part(model: nn.Module, patches: PatchSet, set_name: str, name: str,
         point,
         gate,
         mask.languages if mask else None,
-        Tensors(tensors, getattr(part, "activation", None)),
+        Tensors(tensors, getattr(part, "activation", None), typical.get(point.site)),
     )
     weight = next(model.get_submodule(point.adds).parameters(), None)
     if weight is not None and weight.device.type != "meta":
