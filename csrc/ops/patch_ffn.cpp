@@ -22,7 +22,7 @@ constexpr int64_t kValuesAtOnce = 32;     // value rows widened at once
 constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds below which waking threads costs more than it saves
 constexpr int64_t kSmallWork =
     1 << 22;  // below this the call never gives up: a row's bits then do not depend on others
-constexpr int64_t kSampledRows = 16, kSampledGroups = 16;
+constexpr int64_t kSampledRows = 16, kSampledGroups = 16, kFewGroups = 4;
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
@@ -123,16 +123,20 @@ class Call {
 
   // The stage to use, by a look at a few rows and groups; false where neither pays.
   bool choose(int64_t rows) {
+    coarse_ = false;
+    // The full stage first: what it cannot rule out the coarse one cannot either, whose projection costs a small call
+    // more. Twice the share: a sample is small, and the whole call stops by itself at its limit.
+    const double limit = std::min(2.0 * dense_above(op_.M), 0.9);
+    if (!always_ && sampled_share(rows, op_.M <= 8 ? kFewGroups : kSampledGroups) > limit) return false;
     coarse_ = packed_.basis != nullptr;
-    if (coarse_ && sampled_share(rows) > full_above(op_.M)) coarse_ = rounded_ = false;
+    if (coarse_ && sampled_share(rows, kSampledGroups) > full_above(op_.M)) coarse_ = rounded_ = false;
     result_.coarse = coarse_;
-    // Twice the share: a sample is small, and the whole call stops by itself at its limit.
-    return coarse_ || always_ || sampled_share(rows) <= std::min(2.0 * dense_above(op_.M), 0.9);
+    return true;
   }
 
-  double sampled_share(int64_t rows) {
+  double sampled_share(int64_t rows, int64_t groups) {
     const int64_t some_rows = std::min(std::max<int64_t>(rows / 8, 1), kSampledRows);  // an eighth at most
-    const int64_t some_groups = std::min({std::max<int64_t>(packed_.count / 8, 1), kSampledGroups, packed_.count});
+    const int64_t some_groups = std::min({std::max<int64_t>(packed_.count / 8, 1), groups, packed_.count});
     int64_t found = 0;
     for (int64_t j = 0; j < some_rows; ++j) {
       const int64_t m = j * rows / some_rows;
