@@ -51,9 +51,9 @@ def dense(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, activation: str
     return ops.activate(F.linear(x, keys, bias), activation) @ values
 
 
-def kernel(x: Tensor, patches: Loaded) -> Tensor:
-    """The operator, with packed keys."""
-    return ops.patch_ffn(x, patches.keys, patches.bias, patches.values, patches.activation, packed=patches.packed)
+def kernel(patches: Loaded) -> ops.BoundPatchFfn:
+    """The operator on packed keys, as a served model calls it."""
+    return ops.BoundPatchFfn(patches.keys, patches.bias, patches.values, patches.activation, patches.packed)
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def point(patches: Loaded, rows: int, repeats: int | None = None) -> dict[str, A
     weights = (patches.keys, patches.bias, patches.values, patches.activation)
     calls = {
         "dense": _over(windows, lambda x: dense(x, *weights)),
-        "kernel": _over(windows, lambda x: kernel(x, patches)),
+        "kernel": _over(windows, kernel(patches)),
         **plain_reads(patches.keys.numel()),
     }
     times, repeats, _ = measured(calls, repeats)
@@ -133,7 +133,7 @@ def _errors(x: Tensor, y: Tensor, patches: Loaded) -> dict[str, Any]:
     exact, fired = reference(x, patches)
     scale = float(torch.linalg.vector_norm(y.double() + exact, dim=1).max()) or 1.0
     found = {
-        "max_rel_err": kernel(x, patches),
+        "max_rel_err": kernel(patches)(x),
         "dense_rel_err": dense(x, patches.keys, patches.bias, patches.values, patches.activation),
     }
     errors = {name: float(f"{float((out.double() - exact).abs().max()) / scale:.3g}") for name, out in found.items()}

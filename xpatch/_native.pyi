@@ -137,6 +137,26 @@ def patch_ffn_cpu(
     threads: int,
     /,
 ) -> tuple[bool, int, int, bytes, bool]: ...
+
+class PatchFfnCall:
+    def __init__(
+        self,
+        keys: int,
+        bias: int,
+        values: int,
+        D: int,
+        N: int,
+        V: int,
+        keys_stride: int,
+        values_stride: int,
+        dtype: int,
+        activation: int,
+        packed: int,
+        packed_bytes: int,
+        /,
+    ) -> None: ...
+    def run(self, x: int, M: int, out: int, want_fired: bool, threads: int, /) -> bytes | None: ...
+
 def patch_ffn_cuda(
     x: int,
     keys: int,

@@ -65,6 +65,37 @@ py::tuple patch_ffn_cpu(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t v
       result.coarse);
 }
 
+// patch_ffn_cpu on neurons that stay: a call hands over no more than the rows.
+class PatchFfnCall {
+ public:
+  PatchFfnCall(uintptr_t keys, uintptr_t bias, uintptr_t values, int64_t D, int64_t N, int64_t V, int64_t keys_stride,
+               int64_t values_stride, int dtype, int activation, uintptr_t packed, int64_t packed_bytes)
+      : op_(patch_ffn_from(0, keys, bias, values, 0, 0, 0, 0, 0, D, N, V, 0, D, keys_stride, values_stride, dtype,
+                           activation)),
+        packed_(reinterpret_cast<const uint8_t*>(packed)),
+        packed_bytes_(packed_bytes) {}
+
+  // The pairs (row, neuron) that fired, as bytes; empty unless they are wanted. None: too many survive.
+  py::object run(uintptr_t x, int64_t M, uintptr_t out, bool want_fired, int threads) const {
+    xpatch::PatchFfn op = op_;
+    op.x = reinterpret_cast<const void*>(x);
+    op.out = reinterpret_cast<void*>(out);
+    op.M = M;
+    xpatch::PatchFfnResult result;
+    {
+      const py::gil_scoped_release released;
+      result = xpatch::patch_ffn(op, packed_, packed_bytes_, false, want_fired, threads);
+    }
+    if (result.too_many) return py::none();
+    return py::bytes(reinterpret_cast<const char*>(result.fired.data()), result.fired.size() * sizeof(int64_t));
+  }
+
+ private:
+  const xpatch::PatchFfn op_;
+  const uint8_t* const packed_;
+  const int64_t packed_bytes_;
+};
+
 void patch_ffn_cuda(uintptr_t x, uintptr_t keys, uintptr_t bias, uintptr_t values, uintptr_t out, uintptr_t mask_inner,
                     uintptr_t mask_outer, uintptr_t language, int64_t M, int64_t D, int64_t N, int64_t V, int64_t L,
                     int64_t x_stride, int64_t keys_stride, int64_t values_stride, int dtype, int activation,
@@ -115,6 +146,10 @@ double int8_peak(int threads) {
 
 void bind_patch_ffn(py::module_& m) {
   m.def("patch_ffn_cpu", &patch_ffn_cpu);
+  py::class_<PatchFfnCall>(m, "PatchFfnCall")
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, uintptr_t,
+                    int64_t>())
+      .def("run", &PatchFfnCall::run);
   m.def("patch_ffn_cuda", &patch_ffn_cuda, py::call_guard<py::gil_scoped_release>());
   m.def("can_screen", &can_screen);
   m.def("packed_bytes", &packed_bytes);

@@ -1,9 +1,11 @@
 """The maths of a patch as operators: registered ops, their pure-torch reference, and the native build behind them.
 
-``patch_ffn`` and ``patch_ffn_fired``, which also says which neurons fired, share a native kernel; ``lowrank``, ``mask`` and
+``patch_ffn`` and ``patch_ffn_fired``, which also says which neurons fired, share a native kernel; ``BoundPatchFfn`` is both for neurons
+that stay; ``lowrank``, ``mask`` and
 ``ball`` have one each; ``dense`` is plain torch and lives in :mod:`xpatch.ops.reference`.
 """
 
+from xpatch.ops.bound import BoundPatchFfn
 from xpatch.ops.reference import ACTIVATIONS, activate, canonical_activation, dense
 from xpatch.ops.registry.ball import ball
 from xpatch.ops.registry.capacity import patch_ffn_capacity
@@ -15,6 +17,7 @@ from xpatch.ops.screening import pack_balls, pack_keys, screening_stats
 
 __all__ = [
     "ACTIVATIONS",
+    "BoundPatchFfn",
     "activate",
     "ball",
     "canonical_activation",

@@ -59,7 +59,7 @@ def _delta(
     tensors = part.tensors.on(x.device, x.dtype)
     language = _language(part, x, route)
     if isinstance(part.part, PatchNeurons):
-        delta, fired = _neurons(part.part, tensors, x, language, firings is not None)
+        delta, fired = _neurons(part, tensors, x, language, firings is not None)
     else:
         delta, fired = _linear(part.part, tensors, _entering(tensors, x, language)), None
         if language is not None:
@@ -84,11 +84,15 @@ def _together(
 
 
 def _neurons(
-    part: PatchNeurons, tensors: dict[str, torch.Tensor], x: torch.Tensor, language: torch.Tensor | None, count: bool
+    part: PreparedPart, tensors: dict[str, torch.Tensor], x: torch.Tensor, language: torch.Tensor | None, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the neurons add, masks included, and the (row, neuron) pairs that fired where they are to be counted."""
-    masks = (None, None, None) if language is None else (tensors["mask_inner"], tensors["mask_outer"], language)
-    neurons = (tensors["keys"], tensors["bias"], tensors["values"], part.activation, tensors.get("packed"))
+    if language is None:
+        bound = part.tensors.neurons(x.device, x.dtype)
+        return bound.fired(x) if count else (bound(x), None)
+    masks = (tensors["mask_inner"], tensors["mask_outer"], language)
+    activation = part.part.activation  # type: ignore[union-attr]
+    neurons = (tensors["keys"], tensors["bias"], tensors["values"], activation, tensors.get("packed"))
     return patch_ffn_fired(x, *neurons, *masks) if count else (patch_ffn(x, *neurons, *masks), None)
 
 

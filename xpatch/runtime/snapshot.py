@@ -12,7 +12,7 @@ from torch import nn
 
 from xpatch.errors import MismatchError
 from xpatch.models.anatomy import FFNSite, ffn_site, find_ffn_sites, linear
-from xpatch.ops import pack_balls, pack_keys
+from xpatch.ops import BoundPatchFfn, pack_balls, pack_keys
 from xpatch.patches.types import Gate, Part, PatchNeurons, PatchSet
 from xpatch.runtime.runs import DeltaRun, steps_of
 
@@ -40,6 +40,7 @@ class Tensors:
         self._activation = activation
         self._rows = rows
         self._cast: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
+        self._bound: dict[tuple[torch.device, torch.dtype], BoundPatchFfn] = {}
 
     def on(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The tensors for this device and dtype; two threads that meet here both cast and one result stays."""
@@ -60,6 +61,16 @@ class Tensors:
             self._cast[(device, dtype)] = cast
         return cast
 
+    def neurons(self, device: torch.device, dtype: torch.dtype) -> BoundPatchFfn:
+        """Patch neurons for this device and dtype, without masks, ready to be called."""
+        bound = self._bound.get((device, dtype))
+        if bound is None:
+            cast, activation = self.on(device, dtype), self._activation
+            assert activation is not None  # these are neurons
+            bound = BoundPatchFfn(cast["keys"], cast["bias"], cast["values"], activation, cast.get("packed"))
+            self._bound[(device, dtype)] = bound
+        return bound
+
     def replaced(self, **masters: torch.Tensor) -> Tensors:
         """The same tensors but for these."""
         return Tensors({**self._masters, **masters}, self._activation, self._rows)
@@ -69,7 +80,7 @@ class Tensors:
         return list(self._cast)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_cast": {}}
+        return {**vars(self), "_cast": {}, "_bound": {}}
 
 
 @dataclass(frozen=True, eq=False)

@@ -274,11 +274,14 @@ def _run_fired(
         masks = (mask_inner, mask_outer, language)
         out, (too_many, _, _, fired, _) = native_call(x, keys, bias, values, activation, packed, masks, want_fired=True)
         if not too_many:
-            pairs = (
-                torch.frombuffer(bytearray(fired), dtype=torch.int64) if fired else torch.empty(0, dtype=torch.int64)
-            )
-            return out, pairs.view(-1, 2)
+            return out, fired_pairs(fired)
     return reference.patch_ffn_fired(x, keys, bias, values, activation, mask_inner, mask_outer, language)
+
+
+def fired_pairs(fired: bytes) -> Tensor:
+    """``[K, 2]`` int64 of what the kernel reports."""
+    pairs = torch.frombuffer(bytearray(fired), dtype=torch.int64) if fired else torch.empty(0, dtype=torch.int64)
+    return pairs.view(-1, 2)
 
 
 def _fake(*arguments: Any) -> Tensor:
