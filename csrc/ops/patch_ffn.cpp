@@ -14,7 +14,7 @@ namespace {
 
 // Work is cut the same way whatever the number of threads. A block of rows and a block of keys stay in the L2 cache.
 constexpr int64_t kPanelRows = 4096;  // rows whose bytes are held at once
-constexpr int64_t kRowsAtOnce = 16;   // rows rounded together
+constexpr int64_t kRowsAtOnce = 32;   // rows rounded together
 constexpr int64_t kBlockRows = 192;
 constexpr int64_t kBlockGroups = 32;
 constexpr int64_t kBlockColumns = 256;
@@ -71,7 +71,7 @@ class Call {
       const int64_t rows = std::min(panel, op_.M - row0);
       enter(row0, rows);
       if (row0 == 0 && !choose(rows)) return too_many();
-      if (row0 > 0 || !rounded_) round(rows);
+      round(rows);
       if (!screen(rows)) return too_many();
       leave(row0, rows);
     }
@@ -97,58 +97,78 @@ class Call {
     });
   }
 
-  // Rounds rows [first, end) for the stage in use.
-  void round(int64_t first, int64_t end) {
+  // Rounds `count` rows, kRowsAtOnce at most, for the stage in use.
+  void round(const int64_t* index, int64_t count) {
+    const float* rows[kRowsAtOnce];
+    for (int64_t i = 0; i < count; ++i) rows[i] = rows_[index[i]];
     const auto work = allocate<float>(op_.D);
-    if (!coarse_) {
-      for (int64_t m = first; m < end; ++m) {
-        screener_.quantise(rows_[m], op_.D, work.get(), bytes_.get() + m * stage().width(), &bounds_[m]);
+    const auto projected = allocate<float>(coarse_ ? count * packed_.rank : 0);
+    if (coarse_) screener_.project(rows, count, op_.D, packed_.basis, packed_.rank, projected.get());
+    for (int64_t i = 0; i < count; ++i) {
+      int8_t* bytes = bytes_.get() + index[i] * stage().width();
+      RowBound* bound = &bounds_[index[i]];
+      if (coarse_) {
+        screener_.coarsen(rows[i], op_.D, projected.get() + i * packed_.rank, packed_.rank, packed_.skew, work.get(),
+                          bytes, bound);
+      } else {
+        screener_.quantise(rows[i], op_.D, work.get(), bytes, bound);
       }
-      return;
-    }
-    const auto projected = allocate<float>((end - first) * packed_.rank);
-    screener_.project(&rows_[first], end - first, op_.D, packed_.basis, packed_.rank, projected.get());
-    for (int64_t m = first; m < end; ++m) {
-      screener_.coarsen(rows_[m], op_.D, projected.get() + (m - first) * packed_.rank, packed_.rank, packed_.skew,
-                        work.get(), bytes_.get() + m * stage().width(), &bounds_[m]);
     }
   }
 
+  // Rounds the rows of a panel but for those that are.
   void round(int64_t rows) {
-    parallel_for(blocks(rows, kRowsAtOnce), rows * op_.D < (1 << 15) ? 1 : threads_,
-                 [&](int64_t block) { round(block * kRowsAtOnce, std::min(rows, (block + 1) * kRowsAtOnce)); });
+    const auto rest = allocate<int64_t>(rows);
+    int64_t count = 0, next = 0;
+    for (int64_t m = 0; m < rows; ++m) {
+      if (next < rounded_ && sampled_[next] == m) {
+        ++next;
+      } else {
+        rest[count++] = m;
+      }
+    }
+    parallel_for(blocks(count, kRowsAtOnce), rows * op_.D < (1 << 15) ? 1 : threads_, [&](int64_t block) {
+      round(rest.get() + block * kRowsAtOnce, std::min(kRowsAtOnce, count - block * kRowsAtOnce));
+    });
+    rounded_ = 0;
   }
 
   const Stage& stage() const { return coarse_ ? packed_.coarse : packed_.full; }
 
   // The stage to use, by a look at a few rows and groups; false where neither pays.
   bool choose(int64_t rows) {
-    coarse_ = false;
     // The full stage first: what it cannot rule out the coarse one cannot either, whose projection costs a small call
     // more. Twice the share: a sample is small, and the whole call stops by itself at its limit.
     const double limit = std::min(2.0 * dense_above(op_.M), 0.9);
+    coarse_ = false;
     if (!always_ && sampled_share(rows, op_.M <= 8 ? kFewGroups : kSampledGroups) > limit) return false;
-    coarse_ = packed_.basis != nullptr;
-    if (coarse_ && sampled_share(rows, kSampledGroups) > full_above(op_.M)) coarse_ = rounded_ = false;
+    if (packed_.basis != nullptr) {
+      coarse_ = true;
+      if (sampled_share(rows, kSampledGroups) > full_above(op_.M)) {
+        coarse_ = false;
+        rounded_ = 0;
+      }
+    }
     result_.coarse = coarse_;
     return true;
   }
 
+  // Rounds a few rows on the way.
   double sampled_share(int64_t rows, int64_t groups) {
     const int64_t some_rows = std::min(std::max<int64_t>(rows / 8, 1), kSampledRows);  // an eighth at most
     const int64_t some_groups = std::min({std::max<int64_t>(packed_.count / 8, 1), groups, packed_.count});
+    for (int64_t j = 0; j < some_rows; ++j) sampled_[j] = j * rows / some_rows;
+    round(sampled_, some_rows);
+    rounded_ = some_rows;
     int64_t found = 0;
     for (int64_t j = 0; j < some_rows; ++j) {
-      const int64_t m = j * rows / some_rows;
-      round(m, m + 1);
       for (int64_t i = 0; i < some_groups; ++i) {
         Stage one = stage();
         one.groups += i * packed_.count / some_groups * one.stride;
         uint16_t mask;
-        found += screener_.screen(bytes_.get() + m * one.width(), &bounds_[m], 1, one, 1, &mask);
+        found += screener_.screen(bytes_.get() + sampled_[j] * one.width(), &bounds_[sampled_[j]], 1, one, 1, &mask);
       }
     }
-    rounded_ = some_rows == rows;
     return static_cast<double>(found) / static_cast<double>(std::max<int64_t>(some_groups * some_rows * kGroup, 1));
   }
 
@@ -320,11 +340,12 @@ class Call {
   const ScreenKernels& screener_ = XPATCH_KERNELS(screen_kernels);
   const PatchFfnKernels& kernels_ = XPATCH_KERNELS(patch_ffn_kernels);
   bool coarse_ = false;
-  bool rounded_ = false;  // whether the look at a few rows has rounded the first panel for this stage already
   int64_t row_blocks_ = 0;
   std::unique_ptr<int8_t[]> bytes_;
   std::unique_ptr<RowBound[]> bounds_;
   std::unique_ptr<const float*[]> rows_;
+  int64_t sampled_[kSampledRows];  // in ascending order
+  int64_t rounded_ = 0;            // how many of them are rounded for the stage in use
   std::unique_ptr<float[]> copies_;
   std::vector<std::vector<Hit>> hits_;  // [key block][row block]
   std::atomic<int64_t> survivors_{0};

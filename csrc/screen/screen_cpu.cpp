@@ -171,19 +171,29 @@ inline void project_tile(const float* const* rows, int64_t D, const float* basis
   }
 }
 
+// R rows against `some` of the basis' `rank` directions. The more rows share what is loaded of them, the less they are
+// waited for.
 template <int R>
-inline void project_rows(const float* const* rows, int64_t D, const float* basis, int64_t rank, float* out) {
-  constexpr int C = R == 1 ? 8 : 4;
+inline void project_rows(const float* const* rows, int64_t D, const float* basis, int64_t some, float* out,
+                         int64_t rank) {
+  constexpr int C = R == 1 ? 8 : R == 8 ? 2 : 4;
   int64_t i = 0;
-  for (; i + C <= rank; i += C) project_tile<R, C>(rows, D, basis + i * D, out + i, rank);
-  for (; i < rank; ++i) project_tile<R, 1>(rows, D, basis + i * D, out + i, rank);
+  for (; i + C <= some; i += C) project_tile<R, C>(rows, D, basis + i * D, out + i, rank);
+  for (; i < some; ++i) project_tile<R, 1>(rows, D, basis + i * D, out + i, rank);
 }
 
+// A few directions at a time for all rows: the basis is read from memory once.
 void project(const float* const* rows, int64_t count, int64_t D, const float* basis, int64_t rank, float* out) {
   constexpr int R = W == 16 ? 4 : 2;
-  int64_t m = 0;
-  for (; m + R <= count; m += R) project_rows<R>(rows + m, D, basis, rank, out + m * rank);
-  for (; m < count; ++m) project_rows<1>(rows + m, D, basis, rank, out + m * rank);
+  constexpr int64_t kDirections = 16;
+  for (int64_t i = 0; i < rank; i += kDirections) {
+    const int64_t some = rank - i < kDirections ? rank - i : kDirections;
+    const float* here = basis + i * D;
+    int64_t m = 0;
+    for (; W == 16 && m + 8 <= count; m += 8) project_rows<8>(rows + m, D, here, some, out + m * rank + i, rank);
+    for (; m + R <= count; m += R) project_rows<R>(rows + m, D, here, some, out + m * rank + i, rank);
+    for (; m < count; ++m) project_rows<1>(rows + m, D, here, some, out + m * rank + i, rank);
+  }
 }
 
 double sum_of_squares(const float* v, int64_t D) {

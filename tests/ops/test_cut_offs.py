@@ -11,8 +11,9 @@ from xpatch.ops import pack_keys, reference
 from xpatch.ops.registry.patch_ffn import native_call
 
 CUTS = {"relu": 0.0, "gelu": -5.543, "gelu_tanh": -5.158, "silu": -88.723}
-#: Where PyTorch's own fp32 kernels become 0, rounded towards zero to what the proof quotes.
-TORCH_ZERO_FROM = {"relu": 0.0, "gelu": -5.5427, "gelu_tanh": -5.0615, "silu": -88.7229}
+#: Where PyTorch's own fp32 kernels become 0, rounded towards zero to what the proof quotes: of tanh the scalar one, which takes
+#: what does not fill a vector, later than the vectorised one.
+TORCH_ZERO_FROM = {"relu": 0.0, "gelu": -5.5427, "gelu_tanh": -5.1579, "silu": -88.7229}
 
 
 def below(start, stop):

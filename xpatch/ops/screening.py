@@ -10,9 +10,10 @@ from xpatch.ops import native, reference
 from xpatch.ops.registry.library import call_native, dense_rows, refuse
 from xpatch.ops.registry.patch_ffn import CODES, _check, native_call
 
-#: From here on it pays to look at a part of the coordinates first: those along the keys' leading directions, a third of them; a
-#: quarter of them where the directions of the rows are known as well.
-COARSE_FROM_NEURONS, COARSE_FROM_WIDTH, COARSE_SHARE, COARSE_SHARE_WITH_ROWS = 4096, 64, 3, 4
+#: From here on it pays to look at a part of the coordinates first: a third of them, those along the keys' leading directions.
+COARSE_FROM_NEURONS, COARSE_FROM_WIDTH, COARSE_SHARE = 4096, 64, 3
+#: A quarter of them where keys come from memory rather than a cache, and the directions of the rows are known as well.
+QUARTER_FROM_BYTES = 1 << 25
 SAMPLED_KEYS, RANK_AT_MOST = 2048, 1024
 
 
@@ -105,10 +106,10 @@ def _leading_directions(keys: Tensor, rows: Tensor | None = None) -> Tensor | No
     (Halko, Martinsson and Tropp 2011, algorithm 4.4) over at most `SAMPLED_KEYS` of each. How good the directions are decides how
     much is screened away, never what comes out.
     """
-    some = _of_one_length(keys)
-    share = COARSE_SHARE
+    some, share = _of_one_length(keys), COARSE_SHARE
     if rows is not None and len(rows):
-        some, share = torch.cat([some, _of_one_length(rows.detach().to(keys.device))]), COARSE_SHARE_WITH_ROWS
+        some = torch.cat([some, _of_one_length(rows.detach().to(keys.device))])
+        share += keys.numel() >= QUARTER_FROM_BYTES
     rank = min(keys.shape[1] // share // 16 * 16, RANK_AT_MOST)
     start = torch.randn(some.shape[1], rank, generator=torch.Generator().manual_seed(0))
     directions = some.T @ (some @ start)
