@@ -42,7 +42,7 @@ struct Layout {
     coarse_stage = stage_of(rank);
     full_stage = stage_of(D);
     basis = sizeof(Header);
-    coarse = basis + (rank * D * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
+    coarse = basis + (rank + kPanel - 1) / kPanel * kPanel * D * static_cast<int64_t>(sizeof(float));
     full = coarse + (rank > 0 ? groups_of(N) * coarse_stage.stride : 0);
     bytes = full + groups_of(N) * full_stage.stride;
   }
@@ -205,7 +205,11 @@ void pack_keys(const void* keys, int64_t keys_stride, const void* bias, DType dt
     XPATCH_CHECK(skew <= kSkewAtMost, "pack_keys: the basis is not orthonormal: expected |basis basis^T - I| <= "
                                           << kSkewAtMost << ", found " << skew);
     header.skew = round_up(skew);
-    std::memcpy(packed + layout.basis, basis, static_cast<size_t>(rank * D) * sizeof(float));
+    float* panels = reinterpret_cast<float*>(packed + layout.basis);
+    std::fill(panels, reinterpret_cast<float*>(packed + layout.coarse), 0.0f);
+    for (int64_t i = 0; i < rank; ++i) {
+      for (int64_t d = 0; d < D; ++d) panels[(i / kPanel * D + d) * kPanel + i % kPanel] = basis[i * D + d];
+    }
   }
   std::memcpy(packed, &header, sizeof header);
 
@@ -242,7 +246,7 @@ void pack_keys(const void* keys, int64_t keys_stride, const void* bias, DType dt
 
     group = packed + layout.coarse + g * coarse.stride;
     begin_group(coarse, group, consts);
-    kernels.project(rows, count, D, basis, rank, projected);
+    kernels.project(rows, count, D, reinterpret_cast<const float*>(packed + layout.basis), rank, projected);
     for (int64_t i = 0; i < count; ++i) {
       RowBound bound;
       kernels.coarsen(rows[i], D, projected + i * rank, rank, header.skew, work, bytes.get(), &bound);

@@ -16,6 +16,7 @@ namespace xpatch {
 
 constexpr int64_t kGroup = 16;                // keys that lie side by side
 constexpr int64_t kStepBytes = 4 * kGroup;    // four coordinates of each
+constexpr int64_t kPanel = 32;                // directions of the basis that lie side by side
 constexpr int64_t kMaxScreenedWidth = 32768;  // sums of 255 * 127 * D fit 32 bits
 
 // Keys as bytes. Per group of 16: [steps][16][4] bytes of the rotated, scaled, rounded keys with 128 added, then four
@@ -36,7 +37,7 @@ struct PackedKeys {
   int64_t count = 0;  // groups
   Activation activation = Activation::relu;
   Stage full, coarse;
-  const float* basis = nullptr;  // [rank, D], orthonormal rows up to `skew`; null: no coarse stage
+  const float* basis = nullptr;  // panels [rank / kPanel][D][kPanel] of orthonormal directions; null: no coarse stage
   int64_t rank = 0;
   float skew = 0.0f;  // >= |basis basis^T - I|
 };
@@ -89,8 +90,8 @@ double int8_peak(int threads);
 struct ScreenKernels {
   // row[D] -> bytes[D rounded up to 4] and its bound; `work` has room for D floats.
   void (*quantise)(const float* row, int64_t D, float* work, int8_t* bytes, RowBound* bound);
-  // out[count][rank] = rows[count][D] basis[rank][D]^T
-  void (*project)(const float* const* rows, int64_t count, int64_t D, const float* basis, int64_t rank, float* out);
+  // out[count][rank] = rows[count][D] basis[rank][D]^T, the basis in panels.
+  void (*project)(const float* const* rows, int64_t count, int64_t D, const float* panels, int64_t rank, float* out);
   // row[D] and its projected[rank] (overwritten) -> bytes and bound of the coarse stage.
   void (*coarsen)(const float* row, int64_t D, float* projected, int64_t rank, float skew, float* work, int8_t* bytes,
                   RowBound* bound);

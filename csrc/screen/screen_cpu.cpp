@@ -144,55 +144,39 @@ void quantise(const float* row, int64_t D, float* work, int8_t* bytes, RowBound*
 
 // --- The coarse stage (PROOF.md, section 6) ------------------------------------------------------------------------
 
-// R rows against C directions.
-template <int R, int C>
-inline void project_tile(const float* const* rows, int64_t D, const float* basis, float* out, int64_t rank) {
-  Vec acc[R][C];
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) acc[r][c] = zero();
-  }
-  int64_t d = 0;
-  for (; d + W <= D; d += W) {
-    Vec row[R];
-    for (int r = 0; r < R; ++r) row[r] = load(rows[r] + d);
-    for (int c = 0; c < C; ++c) {
-      const Vec direction = load(basis + c * D + d);
-      for (int r = 0; r < R; ++r) acc[r][c] = multiply_add(row[r], direction, acc[r][c]);
-    }
-  }
-  if (d < D) {
-    for (int c = 0; c < C; ++c) {
-      const Vec direction = load_first(basis + c * D + d, D - d);
-      for (int r = 0; r < R; ++r) acc[r][c] = multiply_add(load_first(rows[r] + d, D - d), direction, acc[r][c]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) out[r * rank + c] = sum(acc[r][c]);
-  }
-}
-
-// R rows against `some` of the basis' `rank` directions. The more rows share what is loaded of them, the less they are
-// waited for.
+// R rows against the directions of a panel [D][kPanel], side by side in the registers.
 template <int R>
-inline void project_rows(const float* const* rows, int64_t D, const float* basis, int64_t some, float* out,
-                         int64_t rank) {
-  constexpr int C = R == 1 ? 8 : R == 8 ? 2 : 4;
-  int64_t i = 0;
-  for (; i + C <= some; i += C) project_tile<R, C>(rows, D, basis + i * D, out + i, rank);
-  for (; i < some; ++i) project_tile<R, 1>(rows, D, basis + i * D, out + i, rank);
+inline void project_tile(const float* const* rows, int64_t D, const float* panel, float* out, int64_t rank,
+                         int64_t some) {
+  constexpr int V = kPanel / W;
+  Vec acc[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) acc[r][v] = zero();
+  }
+  for (int64_t d = 0; d < D; ++d) {
+    Vec directions[V];
+    for (int v = 0; v < V; ++v) directions[v] = load(panel + d * kPanel + v * W);
+    for (int r = 0; r < R; ++r) {
+      const Vec x = fill(rows[r][d]);
+      for (int v = 0; v < V; ++v) acc[r][v] = multiply_add(x, directions[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    float sums[kPanel];
+    for (int v = 0; v < V; ++v) store(sums + v * W, acc[r][v]);
+    std::memcpy(out + r * rank, sums, static_cast<size_t>(some) * sizeof(float));
+  }
 }
 
-// A few directions at a time for all rows: the basis is read from memory once.
-void project(const float* const* rows, int64_t count, int64_t D, const float* basis, int64_t rank, float* out) {
-  constexpr int R = W == 16 ? 4 : 2;
-  constexpr int64_t kDirections = 16;
-  for (int64_t i = 0; i < rank; i += kDirections) {
-    const int64_t some = rank - i < kDirections ? rank - i : kDirections;
-    const float* here = basis + i * D;
+// A panel for all rows before the next one: the basis is read from memory once.
+void project(const float* const* rows, int64_t count, int64_t D, const float* panels, int64_t rank, float* out) {
+  constexpr int R = W == 16 ? 12 : W == 8 ? 3 : 2;  // as many as the registers hold
+  for (int64_t i = 0; i < rank; i += kPanel, panels += D * kPanel) {
+    const int64_t some = rank - i < kPanel ? rank - i : kPanel;
     int64_t m = 0;
-    for (; W == 16 && m + 8 <= count; m += 8) project_rows<8>(rows + m, D, here, some, out + m * rank + i, rank);
-    for (; m + R <= count; m += R) project_rows<R>(rows + m, D, here, some, out + m * rank + i, rank);
-    for (; m < count; ++m) project_rows<1>(rows + m, D, here, some, out + m * rank + i, rank);
+    for (; m + R <= count; m += R) project_tile<R>(rows + m, D, panels, out + m * rank + i, rank, some);
+    for (; W == 16 && m + 4 <= count; m += 4) project_tile<4>(rows + m, D, panels, out + m * rank + i, rank, some);
+    for (; m < count; ++m) project_tile<1>(rows + m, D, panels, out + m * rank + i, rank, some);
   }
 }
 

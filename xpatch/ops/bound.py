@@ -11,16 +11,11 @@ from torch import Tensor
 
 from xpatch.errors import BackendError
 from xpatch.ops import native, reference
-from xpatch.ops.registry.library import dense_rows
-from xpatch.ops.registry.patch_ffn import (
-    CODES,
-    _check,
-    _needs_no_dispatch,
-    _screens,
-    fired_pairs,
-    patch_ffn,
-    patch_ffn_fired,
-)
+from xpatch.ops.registry.library import dense_rows, in_torch_func
+from xpatch.ops.registry.patch_ffn import CODES, _check, _screens, fired_pairs, patch_ffn, patch_ffn_fired
+
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_tracing = torch._C._get_tracing_state
 
 
 class BoundPatchFfn:
@@ -49,34 +44,41 @@ class BoundPatchFfn:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x ``[..., D]`` -> ``[..., V]``."""
-        if not self._takes(x):
+        found = self._run(x, False)
+        if found is None:
             return patch_ffn(x, *self._neurons)
-        out, fired = self._run(x, False)
+        out, fired = found
         return reference.patch_ffn(x, *self._neurons[:4]) if fired is None else out
 
     def fired(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and ``[K, 2]`` int64: which neurons fired (:func:`xpatch.ops.patch_ffn_fired`)."""
-        if not self._takes(x):
+        found = self._run(x, True)
+        if found is None:
             return patch_ffn_fired(x, *self._neurons)
-        out, fired = self._run(x, True)
+        out, fired = found
         return reference.patch_ffn_fired(x, *self._neurons[:4]) if fired is None else (out, fired_pairs(fired))
 
-    def _takes(self, x: Tensor) -> bool:
-        """Whether x can go to the kernel without a look by torch's dispatcher."""
-        return (
-            self._kernel is not None
-            and type(x) is Tensor
-            and x.dtype is self._dtype
-            and x.is_contiguous()
-            and x.ndim > 0
-            and x.shape[-1] == self._width
-            and _needs_no_dispatch(x)
-        )
-
-    def _run(self, x: Tensor, want_fired: bool) -> tuple[Tensor, bytes | None]:
-        values, kernel = self._neurons[2], self._kernel
-        out = torch.empty_like(x) if self._square else x.new_empty((*x.shape[:-1], values.shape[1]))
-        assert kernel is not None  # what _takes has seen
+    def _run(self, x: Tensor, want_fired: bool) -> tuple[Tensor, bytes | None] | None:
+        """The output and what fired, None there where too many neurons survive; None where x needs a look by torch's dispatcher."""
+        # In one place and by the cheapest means: each call here takes as long, from cold caches, as scoring forty neurons.
+        kernel = self._kernel
+        if (
+            torch.compiler.is_compiling()  # first: a compiler follows no further
+            or kernel is None
+            or type(x) is not Tensor
+            or x.dtype is not self._dtype
+            or not x.is_contiguous()
+            or not x.dim()
+            or x.size(-1) != self._width
+            or (x.requires_grad and torch.is_grad_enabled())
+            or _dispatch_modes()
+            or _function_modes()
+            or in_torch_func()
+            or _tracing() is not None
+            or not x.is_cpu
+        ):
+            return None
+        out = torch.empty_like(x) if self._square else x.new_empty((*x.shape[:-1], self._neurons[2].shape[1]))
         try:
             rows = x.numel() // self._width
             return out, kernel.run(x.data_ptr(), rows, out.data_ptr(), want_fired, torch.get_num_threads())
