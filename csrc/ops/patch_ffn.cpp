@@ -16,7 +16,8 @@ namespace {
 constexpr int64_t kPanelRows = 4096;  // rows whose bytes are held at once
 constexpr int64_t kRowsAtOnce = 32;   // rows rounded together
 constexpr int64_t kBlockRows = 192;
-constexpr int64_t kBlockGroups = 32;
+constexpr int64_t kBlockGroups = 32;  // more where rows are few, see block_groups()
+constexpr size_t kKeysAhead = 2;      // survivors whose keys are asked for in advance
 constexpr int64_t kBlockColumns = 256;
 constexpr int64_t kValuesAtOnce = 32;     // value rows widened at once
 constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds below which waking threads costs more than it saves
@@ -172,18 +173,26 @@ class Call {
     return static_cast<double>(found) / static_cast<double>(std::max<int64_t>(some_groups * some_rows * kGroup, 1));
   }
 
+  // Few rows use no block of keys twice: then blocks are as large as the masks allow, so that the survivors of one,
+  // whose keys lie anywhere in memory, are enough to ask for some while others are computed.
+  int64_t block_groups(int64_t rows) const {
+    const int64_t most = kBlockGroups * kBlockRows / std::min(rows, kBlockRows);
+    return std::min(most, std::max(kBlockGroups, packed_.count / 16));
+  }
+
   // False when it gave up.
   bool screen(int64_t rows) {
     row_blocks_ = blocks(rows, kBlockRows);
-    const int64_t key_blocks = blocks(packed_.count, kBlockGroups);
+    block_groups_ = block_groups(rows);
+    const int64_t key_blocks = blocks(packed_.count, block_groups_);
     hits_.clear();
     hits_.resize(static_cast<size_t>(row_blocks_ * key_blocks));
     std::atomic<bool> stop{false};
     parallel_for(row_blocks_ * key_blocks, threads_, [&](int64_t task) {
       if (stop.load(std::memory_order_relaxed)) return;
-      const int64_t row = task % row_blocks_ * kBlockRows, group = task / row_blocks_ * kBlockGroups;
+      const int64_t row = task % row_blocks_ * kBlockRows, group = task / row_blocks_ * block_groups_;
       const int64_t block_rows = std::min(kBlockRows, rows - row);
-      const int64_t block_groups = std::min(kBlockGroups, packed_.count - group);
+      const int64_t block_groups = std::min(block_groups_, packed_.count - group);
       uint16_t masks[kBlockGroups * kBlockRows];
       Stage here = stage();
       here.groups += group * here.stride;
@@ -211,41 +220,57 @@ class Call {
   // The survivors of a block in fp32, key by key, so that a key is read once for all its rows.
   void compute(const uint16_t* masks, int64_t row, int64_t rows, int64_t group, int64_t groups, int64_t found,
                std::vector<Hit>& hits) const {
+    std::vector<int64_t> survivors;  // in ascending order
+    for (int64_t g = 0; g < groups; ++g) {
+      uint32_t any = 0;
+      for (int64_t m = 0; m < rows; ++m) any |= masks[g * rows + m];
+      for (int64_t i = 0; any >> i != 0; ++i) {
+        const int64_t neuron = (group + g) * kGroup + i;
+        if ((any >> i & 1) != 0 && neuron < op_.N) survivors.push_back(neuron);
+      }
+    }
     const auto copy = op_.dtype == DType::fp32 ? nullptr : allocate<float>(op_.D);
     const float* chosen[kBlockRows];
     int32_t index[kBlockRows];
     float h[kBlockRows];
     hits.reserve(static_cast<size_t>(found));
-    for (int64_t g = 0; g < groups; ++g) {
-      const uint16_t* mask = masks + g * rows;
-      uint32_t any = 0;
-      for (int64_t m = 0; m < rows; ++m) any |= mask[m];
-      for (int64_t i = 0; any >> i != 0; ++i) {
-        const int64_t neuron = (group + g) * kGroup + i;
-        if ((any >> i & 1) == 0 || neuron >= op_.N) continue;
-        int64_t count = 0;
-        for (int64_t m = 0; m < rows; ++m) {
-          if ((mask[m] >> i & 1) == 0) continue;
-          chosen[count] = rows_[row + m];
-          index[count++] = static_cast<int32_t>(m);
-        }
-        const char* source = static_cast<const char*>(op_.keys) + neuron * op_.keys_stride * size_of(op_.dtype);
-        const float* key = reinterpret_cast<const float*>(source);
-        if (copy != nullptr) {
-          widen(source, op_.dtype, op_.D, copy.get());
-          key = copy.get();
-        }
-        kernels_.scores(chosen, count, key, fp32_at(op_.bias, op_.dtype, neuron), op_.D, op_.activation, h);
-        for (int64_t k = 0; k < count; ++k) {
-          if (h[k] != 0.0f) hits.push_back({neuron, index[k], h[k]});  // NaN is not equal to 0
-        }
+    for (size_t next = 0; next < survivors.size(); ++next) {
+      const int64_t neuron = survivors[next];
+      if (next + kKeysAhead < survivors.size()) ask_for(key_at(survivors[next + kKeysAhead]));
+      const uint16_t* mask = masks + (neuron / kGroup - group) * rows;
+      int64_t count = 0;
+      for (int64_t m = 0; m < rows; ++m) {
+        if ((mask[m] >> (neuron % kGroup) & 1) == 0) continue;
+        chosen[count] = rows_[row + m];
+        index[count++] = static_cast<int32_t>(m);
+      }
+      const float* key = reinterpret_cast<const float*>(key_at(neuron));
+      if (copy != nullptr) {
+        widen(key_at(neuron), op_.dtype, op_.D, copy.get());
+        key = copy.get();
+      }
+      kernels_.scores(chosen, count, key, fp32_at(op_.bias, op_.dtype, neuron), op_.D, op_.activation, h);
+      for (int64_t k = 0; k < count; ++k) {
+        if (h[k] != 0.0f) hits.push_back({neuron, index[k], h[k]});  // NaN is not equal to 0
       }
     }
   }
 
+  const char* key_at(int64_t neuron) const {
+    return static_cast<const char*>(op_.keys) + neuron * op_.keys_stride * size_of(op_.dtype);
+  }
+
+  void ask_for(const char* key) const {
+#if defined(__GNUC__)
+    for (int64_t i = 0; i < op_.D * size_of(op_.dtype); i += 64) __builtin_prefetch(key + i, 0, 2);
+#else
+    static_cast<void>(key);
+#endif
+  }
+
   // Adds the values of what fired.
   void leave(int64_t row0, int64_t rows) {
-    const int64_t key_blocks = blocks(packed_.count, kBlockGroups);
+    const int64_t key_blocks = blocks(packed_.count, block_groups_);
     std::vector<std::vector<int64_t>> fired(static_cast<size_t>(row_blocks_));
     const int64_t column_blocks = rows >= 8 || op_.V == 0 ? 1 : blocks(op_.V, kBlockColumns);
     const int64_t columns = column_blocks == 1 ? op_.V : kBlockColumns;
@@ -340,7 +365,7 @@ class Call {
   const ScreenKernels& screener_ = XPATCH_KERNELS(screen_kernels);
   const PatchFfnKernels& kernels_ = XPATCH_KERNELS(patch_ffn_kernels);
   bool coarse_ = false;
-  int64_t row_blocks_ = 0;
+  int64_t row_blocks_ = 0, block_groups_ = 0;
   std::unique_ptr<int8_t[]> bytes_;
   std::unique_ptr<RowBound[]> bounds_;
   std::unique_ptr<const float*[]> rows_;

@@ -13,7 +13,7 @@ from xpatch.ops.registry.patch_ffn import CODES, _check, native_call
 #: From here on it pays to look at a part of the coordinates first: a third of them, those along the keys' leading directions.
 COARSE_FROM_NEURONS, COARSE_FROM_WIDTH, COARSE_SHARE = 4096, 64, 3
 #: A quarter of them where keys come from memory rather than a cache, and the directions of the rows are known as well.
-QUARTER_FROM_BYTES = 1 << 25
+QUARTER_FROM_BYTES = 1 << 27
 SAMPLED_KEYS, RANK_AT_MOST = 2048, 1024
 
 
