@@ -53,7 +53,10 @@ def kernel_calls(loaded: kernel_point.Loaded, rows: int) -> dict[str, Callable[[
     """ "dense" and "kernel" on the same M rows."""
     x = loaded.x[:rows]
     weights = (loaded.keys, loaded.bias, loaded.values, loaded.activation)
-    return {"dense": lambda: kernel_point.dense(x, *weights), "kernel": functools.partial(kernel_point.kernel(loaded), x)}
+    return {
+        "dense": lambda: kernel_point.dense(x, *weights),
+        "kernel": functools.partial(kernel_point.kernel(loaded), x),
+    }
 
 
 def latency_calls(

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "core/check.h"
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "screen/screen.h"
 
@@ -193,6 +194,7 @@ void pack_keys(const void* keys, int64_t keys_stride, const void* bias, DType dt
       rank >= 0 && rank <= std::min(D, kMaxRank) && (rank == 0) == (basis == nullptr),
       "pack_keys: expected a basis of at most " << std::min(D, kMaxRank) << " directions, found rank " << rank);
   const Layout layout(N, D, rank);
+  ask_for_large_pages(packed, layout.bytes);
   Header header = {};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
   header.N = N;
@@ -292,6 +294,7 @@ void pack_balls(const void* keys, int64_t keys_stride, const void* radii, DType 
   XPATCH_CHECK(packed != nullptr, "pack_balls: packed is a null pointer");
   XPATCH_CHECK(threads >= 1, "pack_balls: threads must be at least 1, found " << threads);
   const Layout layout(K, D, 0);
+  ask_for_large_pages(packed, layout.bytes);
   Header header = {};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
   header.N = K;
