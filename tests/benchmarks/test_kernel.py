@@ -106,8 +106,8 @@ def test_the_reference_is_float64_of_the_given_patches(drawn_cases, monkeypatch)
 
 
 def test_a_wrong_kernel_shows(quick, monkeypatch):
-    right = ops.patch_ffn
-    monkeypatch.setattr(ops, "patch_ffn", lambda *args, **more: right(*args, **more) + 0.1)
+    right = ops.BoundPatchFfn.__call__
+    monkeypatch.setattr(ops.BoundPatchFfn, "__call__", lambda self, x: right(self, x) + 0.1)
     result = quick(patches=("default",))
     assert (
         min(row["max_rel_err"] for row in result["rows"]) > 1e-3 > max(row["dense_rel_err"] for row in result["rows"])
@@ -122,7 +122,7 @@ def test_every_side_sees_the_same_rows(drawn_cases, monkeypatch):
         kernel_point, "dense", lambda x, *rest: seen["dense"].append(x.data_ptr()) or torch.zeros_like(x)
     )
     monkeypatch.setattr(
-        kernel_point, "kernel", lambda x, loaded: seen["kernel"].append(x.data_ptr()) or torch.zeros_like(x)
+        kernel_point, "kernel", lambda loaded: lambda x: seen["kernel"].append(x.data_ptr()) or torch.zeros_like(x)
     )
     kernel_point.point(kernel_point.load(drawn_cases("default", 20, 64, 16, seed=0), torch.float32), 8, 16)
     assert seen["dense"] == seen["kernel"] and len(set(seen["dense"])) == 8
