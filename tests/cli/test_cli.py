@@ -99,6 +99,26 @@ def test_edit_is_quiet_and_repeatable(
     assert (patch_folder / "patch_model.safetensors").read_bytes() == tensors
 
 
+def test_edit_names_what_it_rejects(
+    run: Callable[..., Any], model_folder: Path, requests_file: Path, memory_file: Path, tmp_path: Path
+) -> None:
+    """One bad line: a line about it, exit code 0, for the rest was edited. Nothing but bad lines: exit code 1, and a ledger."""
+    bad = json.dumps({"id": "bad", "text": "Paris", "target": "MAYBE"}) + "\n"
+    requests_file.write_text(bad + requests_file.read_text(encoding="utf-8"), encoding="utf-8")
+    words = ("edit", "--model", model_folder, "--requests", requests_file, "--memory", memory_file)
+    result = run(*words, "--out", tmp_path / "fixes")
+    assert result.code == 0, result.err
+    line = next(line for line in result.out.splitlines() if line.startswith("rejected"))
+    assert line.startswith("rejected bad: ") and "no label 'MAYBE'; labels: REFUTES, SUPPORTS" in line
+    assert "1 rejected" in result.out
+
+    requests_file.write_text(bad, encoding="utf-8")
+    result = run(*words, "--out", tmp_path / "none", "--json")
+    assert result.code == 1, result.err
+    assert json.loads(result.out)["status"] == {"rejected": 1}
+    assert "bad" in run("inspect", tmp_path / "none").out
+
+
 def test_edit_languages(
     run: Callable[..., Any], model_folder: Path, requests_file: Path, memory_file: Path, tmp_path: Path
 ) -> None:

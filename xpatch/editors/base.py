@@ -5,16 +5,17 @@ from __future__ import annotations
 import datetime
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from xpatch.editors.admission import Admitted, admit
 from xpatch.editors.cache import FeatureCache
 from xpatch.editors.guard import check_editable, untouched
-from xpatch.editors.inputs import as_memory, labels_of, resolve_edits
+from xpatch.editors.inputs import as_memory, check_languages, labels_of, resolve_edit, without_text
 from xpatch.editors.presets import Config, resolve
 from xpatch.editors.progress import Report, reporting
-from xpatch.editors.task import Product, Task
+from xpatch.editors.task import Outcome, Product, Task
 from xpatch.errors import FormatError
 from xpatch.models.heads import head_of
 from xpatch.patches.identity import identify
@@ -26,7 +27,8 @@ _MODULES = ("xpatch.editors.ft.editor", "xpatch.editors.t_patcher.editor", "xpat
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What one method is. `edits`: the models and inputs it can edit; `separable`: whether single edits can be taken out again."""
+    """What one method is. `edits`: the models and inputs it can edit; `separable`: whether single edits can be taken out again.
+    parallel: whether a request's other languages are trained on too."""
 
     name: str
     title: str
@@ -35,6 +37,7 @@ class MethodInfo:
     edits: str
     separable: bool
     presets: tuple[str, ...] = ()
+    parallel: bool = False
 
 
 class Editor(Protocol):
@@ -93,10 +96,13 @@ def edit(
     The edits are trained on the model as it answers now: patches applied to it count as part of it, so the result belongs on top
     of them. Equal arguments and seed give equal tensors; the global random state is not touched. Texts longer than the model
     allows are cut, which the edit's message says. Every request has a record in the set's ledger: "edited", "already-right" (it
-    owns nothing), "failed" (still wrong) or "lost" (right alone, wrong beside the other edits).
+    owns nothing), "failed" (still wrong), "lost" (right alone, wrong beside the other edits) or "rejected": it could not be tried
+    and took no part, and its message says why. Rejected are a target that is missing or no label of the model, an own-language text
+    without words, requests that want different answers to one text (all of them, each naming another), and a repetition of an
+    earlier request under another id. Where every request is rejected the set has no parts.
 
-    Raises `FormatError` (requests, memory, an unknown method, preset or setting), `MismatchError` (a label or language that is
-    not there, a model that cannot be edited).
+    Raises `FormatError` (a file or line that is no request, memory, an unknown method, preset or setting), `MismatchError` (a
+    language no request has, a model that cannot be edited).
     """
     editor = _registry().get(method)
     if editor is None:
@@ -107,21 +113,24 @@ def edit(
     parsed = as_requests(requests)
     check_editable(model)
     head = head_of(model)
-    edits = resolve_edits(parsed, labels_of(model, head.labels), languages)
-    kept = as_memory(memory, edits)
+    labels = labels_of(model, head.labels)
+    check_languages(parsed, languages)
+    admitted = admit(parsed, lambda request: resolve_edit(request, labels, languages), labels.get)
+    kept = as_memory(memory, admitted.edits)
     with reporting(progress) as report, untouched(model):
         task = Task(
             model=model,
             site=head.site,
             head=head,
-            edits=edits,
+            edits=admitted.edits,
             memory=kept,
             cache=FeatureCache(model, tokenizer, head.site),
             seed=seed,
             report=report,
         )
-        product = editor.edit(task, config)
+        product = editor.edit(task, config) if admitted.edits else Product({}, ())
         base = identify(model, tokenizer, site=head.site.name)
+    outcomes = _outcomes(parsed, admitted, product, languages if editor.info.parallel else ())
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     settings = {"preset": preset, **config.model_dump()}
     records = tuple(
@@ -138,9 +147,21 @@ def edit(
             seconds=round(outcome.seconds, 4),
             message=outcome.message,
         )
-        for request, outcome in zip(parsed, product.outcomes, strict=True)
+        for request, outcome in zip(parsed, outcomes, strict=True)
     )
     return PatchSet(parts=product.parts, edits=records, base=base)
+
+
+def _outcomes(
+    requests: Sequence[EditRequest], admitted: Admitted, product: Product, languages: Sequence[str] | None
+) -> list[Outcome]:
+    """One outcome per request, in order; the messages name those of `languages` (None: all) an edit has no text in."""
+    found = {id: Outcome("rejected", why) for id, why in admitted.rejected.items()}
+    for edit, outcome in zip(admitted.edits, product.outcomes, strict=True):
+        missing = without_text(edit, languages)
+        said = f"{outcome.message}; no text in {', '.join(missing)}" if missing else outcome.message
+        found[edit.request.id] = replace(outcome, message=said)
+    return [found[request.id] for request in requests]
 
 
 def _registry() -> dict[str, Editor]:

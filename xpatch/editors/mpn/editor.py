@@ -20,6 +20,7 @@ register(
             url=_URL,
             edits=_EDITS + "the edit's own language and one other",
             separable=True,
+            parallel=True,
         ),
         PRESETS,
         one_parallel,
@@ -28,7 +29,13 @@ register(
 register(
     PatchNeuronEditor(
         MethodInfo(
-            name="mpn", title="MPN (all)", paper=_PAPER, url=_URL, edits=_EDITS + "every language given", separable=True
+            name="mpn",
+            title="MPN (all)",
+            paper=_PAPER,
+            url=_URL,
+            edits=_EDITS + "every language given",
+            separable=True,
+            parallel=True,
         ),
         PRESETS,
         all_parallel,
