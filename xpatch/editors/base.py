@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from xpatch.editors.admission import Admitted, admit
-from xpatch.editors.cache import FeatureCache
 from xpatch.editors.guard import check_editable, untouched
-from xpatch.editors.inputs import as_memory, check_languages, labels_of, resolve_edit, without_text
+from xpatch.editors.inputs import as_memory, check_languages, without_text
 from xpatch.editors.presets import Config, resolve
 from xpatch.editors.progress import Report, reporting
+from xpatch.editors.subject import SubjectKind, subject_of
 from xpatch.editors.task import Outcome, Product, Task
-from xpatch.errors import FormatError
-from xpatch.models.heads import head_of
+from xpatch.errors import FormatError, MismatchError
 from xpatch.patches.identity import identify
 from xpatch.patches.requests import EditRequest, as_requests
 from xpatch.patches.types import EditRecord, PatchSet
@@ -28,7 +27,7 @@ _MODULES = ("xpatch.editors.ft.editor", "xpatch.editors.t_patcher.editor", "xpat
 @dataclass(frozen=True)
 class MethodInfo:
     """What one method is. `edits`: the models and inputs it can edit; `separable`: whether single edits can be taken out again.
-    parallel: whether a request's other languages are trained on too."""
+    parallel: whether a request's other languages are trained on too. models: the kinds of models it edits."""
 
     name: str
     title: str
@@ -38,10 +37,14 @@ class MethodInfo:
     separable: bool
     presets: tuple[str, ...] = ()
     parallel: bool = False
+    models: tuple[SubjectKind, ...] = ("classifier",)
 
 
 class Editor(Protocol):
-    """One method. `edit` is called with the model in eval mode, gradients of its parameters off, texts and labels resolved."""
+    """One method. `edit` is called with the model in eval mode, gradients of its parameters off, texts and labels resolved.
+
+    One that edits language models too (`info.models`) has presets of the same names for them, `lm_presets`.
+    """
 
     @property
     def info(self) -> MethodInfo:
@@ -86,7 +89,8 @@ def edit(
 ) -> PatchSet:
     """Train `requests` into a `PatchSet` for `model`; the model is left bit-identical.
 
-    model, tokenizer: a Hugging Face sequence classifier in fp32 and its tokenizer. requests: `EditRequest` objects, dicts, or the
+    model, tokenizer: a Hugging Face model in fp32 and its tokenizer: a sequence classifier, or a language model (encoder-decoder,
+    decoder or masked), whose targets are texts (see `prompts` for how they are read). requests: `EditRequest` objects, dicts, or the
     path of a JSONL file. method, preset: see `methods()`; `overrides` replace single settings of the preset.
     memory: texts whose answers must not change, as language -> texts or probes, or the path of a JSONL file of {"language", "text"}
     and, for pairs, "text_pair"; by default the bundled claims. The requests' own locality probes always belong to it.
@@ -107,29 +111,32 @@ def edit(
     editor = _registry().get(method)
     if editor is None:
         raise FormatError(f"there is no method {method!r}; methods: {', '.join(sorted(_EDITORS))}")
-    config = resolve(method, editor.presets, preset, overrides)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise FormatError(f"seed: expected an integer, found {seed!r}")
     parsed = as_requests(requests)
     check_editable(model)
-    head = head_of(model)
-    labels = labels_of(model, head.labels)
+    subject = subject_of(model, tokenizer)
+    config = resolve(method, _presets_for(editor, subject.kind, model), preset, overrides)
     check_languages(parsed, languages)
-    admitted = admit(parsed, lambda request: resolve_edit(request, labels, languages), labels.get)
+    admitted = admit(parsed, lambda request: subject.resolve(request, languages), subject.index)
     kept = as_memory(memory, admitted.edits)
     with reporting(progress) as report, untouched(model):
-        task = Task(
-            model=model,
-            site=head.site,
-            head=head,
-            edits=admitted.edits,
-            memory=kept,
-            cache=FeatureCache(model, tokenizer, head.site),
-            seed=seed,
-            report=report,
-        )
-        product = editor.edit(task, config) if admitted.edits else Product({}, ())
-        base = identify(model, tokenizer, site=head.site.name)
+        product = Product({}, ())
+        if admitted.edits:
+            bench = subject.bench(admitted.edits)
+            task = Task(
+                model=model,
+                site=subject.site,
+                head=bench.head,
+                edits=admitted.edits,
+                memory=kept,
+                cache=bench.cache,
+                seed=seed,
+                report=report,
+                decoding=bench.decoding,
+            )
+            product = editor.edit(task, config)
+        base = identify(model, tokenizer, site=subject.site.name)
     outcomes = _outcomes(parsed, admitted, product, languages if editor.info.parallel else ())
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     settings = {"preset": preset, **config.model_dump()}
@@ -150,6 +157,16 @@ def edit(
         for request, outcome in zip(parsed, outcomes, strict=True)
     )
     return PatchSet(parts=product.parts, edits=records, base=base)
+
+
+def _presets_for(editor: Editor, kind: SubjectKind, model: Any) -> Mapping[str, Config]:
+    if kind not in editor.info.models:
+        able = sorted(name for name, other in _EDITORS.items() if kind in other.info.models)
+        raise MismatchError(
+            f"method {editor.info.name!r} edits {', '.join(editor.info.models)} models, found {type(model).__name__}, a {kind} "
+            f"model; methods for it: {', '.join(able) or 'none'}"
+        )
+    return editor.presets if kind == "classifier" else editor.lm_presets  # type: ignore[attr-defined, no-any-return]
 
 
 def _outcomes(
