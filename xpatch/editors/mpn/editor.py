@@ -23,8 +23,8 @@ register(
             models=MODELS,
         ),
         PRESETS,
-        LM_PRESETS,
         one_parallel,
+        LM_PRESETS,
     )
 )
 register(
@@ -40,7 +40,7 @@ register(
             models=MODELS,
         ),
         PRESETS,
-        LM_PRESETS,
         all_parallel,
+        LM_PRESETS,
     )
 )

@@ -16,11 +16,11 @@ from xpatch.editors.base import MethodInfo, register
 from xpatch.editors.subject import SubjectKind
 from xpatch.editors.t_patcher.config import LM_PRESETS, PRESETS, NeuronConfig
 from xpatch.editors.t_patcher.coordinates import Coordinates
-from xpatch.editors.t_patcher.neurons import Neurons
-from xpatch.editors.t_patcher.plans import Plan, Slots, slots_of
+from xpatch.editors.t_patcher.plans import slots_of
+from xpatch.editors.t_patcher.rows import LOGITS, EditRows
 from xpatch.editors.t_patcher.samplers import Sampler, own_language
-from xpatch.editors.t_patcher.train import Problem, train
-from xpatch.editors.task import Edit, Outcome, Product, Task
+from xpatch.editors.t_patcher.train import train
+from xpatch.editors.task import Outcome, Product, Task
 from xpatch.errors import MismatchError
 from xpatch.patches.jsonl import shorten
 from xpatch.patches.types import ACTIVATIONS, EditStatus, PatchNeurons
@@ -31,8 +31,6 @@ EDITS = (
     "mT5), decoders (GPT-2, BLOOM, Llama, Qwen ...) and masked ones; "
 )
 MODELS: tuple[SubjectKind, ...] = ("classifier", "causal", "seq2seq", "masked")
-_LOGITS = 2**25  # at most so many at once: a language model has a vocabulary for each row
-_MATES = 8192  # at most so many rows of other edits, where an edit has a row for each token
 
 
 class PatchNeuronEditor:
@@ -42,36 +40,25 @@ class PatchNeuronEditor:
         self,
         info: MethodInfo,
         presets: Mapping[str, NeuronConfig],
-        lm_presets: Mapping[str, NeuronConfig],
         sampler: Sampler,
+        lm_presets: Mapping[str, NeuronConfig] | None = None,
     ) -> None:
-        self.info, self.presets, self.lm_presets, self._sampler = info, presets, lm_presets, sampler
+        self.info, self.presets, self._sampler = info, presets, sampler
+        self.lm_presets = lm_presets or {}
 
     def edit(self, task: Task, config: NeuronConfig) -> Product:
         """Train on `task`; every tensor of the result is on the CPU."""
         return _Run(task, config, self.info.name, self._sampler).product()
 
 
-class _Run:
+class _Run(EditRows):
     """One edit call: the neurons so far, which edits have been accepted, and the current answers."""
 
     def __init__(self, task: Task, config: NeuronConfig, method: str, sampler: Sampler) -> None:
-        self.task, self.config = task, config
-        self.activation = _activation(task, config)
-        self.plans = [self._plan(edit, sampler, method) for edit in task.edits]
-        memory = self._memory_rows()
-        task.cache.fill(task.report)
-        self.device = task.cache.x.device
-        split = round(len(memory) * config.memory_validation) if config.early_stop else 0
-        rows = torch.tensor(memory, dtype=torch.long, device=self.device)
-        self.width = task.head.vocabulary if task.decoding is not None else task.head.labels
-        self.held, self.memory = task.cache.x[rows[:split]], task.cache.x[rows[split:]]
-        self.neurons = Neurons.none(task.cache.x.shape[1], self.activation, self.device)
-        self.accepted: list[int] = []  # edits with neurons, in the order they were taken up
+        super().__init__(task, config, _activation(task, config), method, sampler)
         self.spared: list[int] = []  # edits that needed none
         self.seconds = dict.fromkeys(range(len(self.plans)), 0.0)
         self.once_right: set[int] = set()
-        self.slots: dict[int, Slots] = {}  # of a language model's edits
 
     def product(self) -> Product:
         queue, decided = list(range(len(self.plans))), 0
@@ -123,7 +110,7 @@ class _Run:
             if not wrong:
                 return
             rows = sorted({row for plan in self.plans for row in plan.rows})
-            scaled = Coordinates.scaled(torch.cat((self.memory, self.task.cache.x[self._tensor(rows)])))
+            scaled = Coordinates.scaled(torch.cat((self.memory, self.task.cache.x[self.tensor(rows)])))
             self.neurons.drop(torch.tensor(wrong, device=self.device))
             self.learn_all(wrong, self.config.max_neurons, turn, decided, scaled)
 
@@ -132,14 +119,14 @@ class _Run:
     ) -> None:
         """`learn` in chunks; edits of a language model with `neurons` for each of their slots, those with equally many together."""
         sizes: dict[int, list[int]] = {}
-        for edit, answers in self._answers(edits) if self.task.decoding is not None else ():
+        for edit, answers in self.answers(edits) if self.task.decoding is not None else ():
             self.slots[edit] = slots_of(self.plans[edit], answers, self.config.max_tokens)
         for edit in edits:
             count = len(self.slots[edit].anchors) if edit in self.slots else 1
             sizes.setdefault(neurons * count, []).append(edit)
         for size, alike in sizes.items():
             rows = max(len(self.plans[edit].rows) for edit in alike)
-            step = min(self.config.chunk, max(1, _LOGITS // (rows * self.width)))
+            step = min(self.config.chunk, max(1, LOGITS // (rows * self.width)))
             for start in range(0, len(alike), step):
                 self.learn(alike[start : start + step], size, turn, decided, coordinates)
 
@@ -164,88 +151,9 @@ class _Run:
 
     def right(self, edits: list[int]) -> dict[int, bool]:
         """Which edits are right in all their required rows, with all neurons there are."""
-        verdict = {edit: not self.plans[edit].wrong_languages(answers) for edit, answers in self._answers(edits)}
+        verdict = {edit: not self.plans[edit].wrong_languages(answers) for edit, answers in self.answers(edits)}
         self.once_right.update(edit for edit, good in verdict.items() if good)
         return verdict
-
-    def _answers(self, edits: list[int]) -> list[tuple[int, list[int]]]:
-        if not edits:
-            return []
-        plans = [self.plans[edit] for edit in edits]
-        rows = torch.tensor([row for plan in plans for row in plan.rows[: plan.required]], device=self.device)
-        cache = self.task.cache
-        with torch.no_grad():
-            output = cache.base[rows] + self.neurons.output(cache.x[rows])
-            block = max(1, _LOGITS // self.width)
-            pairs = zip(output.split(block), cache.residual[rows].split(block), strict=True)
-            answers = [answer for pair in pairs for answer in self.task.head.tail(*pair).argmax(-1).tolist()]
-        found, start = [], 0
-        for edit, plan in zip(edits, plans, strict=True):
-            found.append((edit, answers[start : start + plan.required]))
-            start += plan.required
-        return found
-
-    def problem(self, edits: list[int], neurons: int, turn: int, coordinates: Coordinates | None = None) -> Problem:
-        """Gather the cached rows of `edits`, in `coordinates`; base outputs hold what the current neurons add."""
-        cache, plans = self.task.cache, [self.plans[edit] for edit in edits]
-        width = max(len(plan.rows) for plan in plans)
-        index = self._tensor([[plan.rows[i % len(plan.rows)] for i in range(width)] for plan in plans])
-        labels = self._tensor([[plan.labels[i % len(plan.rows)] for i in range(width)] for plan in plans])
-        required = self._tensor([[i < plan.required for i in range(width)] for plan in plans])
-        seen = coordinates.forward if coordinates is not None else lambda x: x
-        plain = cache.x[index]
-        x = seen(plain)
-        # Rows of the accepted edits are memory for each other, an edit's locality probes for it alone; a text that two edits
-        # share is nobody's foreign row.
-        shared = {row for edit in self.accepted for row in self.plans[edit].rows}
-        if self.task.decoding is not None and len(shared) > _MATES:
-            rng = self.task.rng("mates", *(plan.edit.request.id for plan in plans), str(turn))
-            shared = set(rng.sample(sorted(shared), _MATES))
-        mates = sorted(shared.union(*(plan.negatives for plan in plans)))
-        foreign = self._tensor(
-            [
-                [row not in mine and (row in shared or row in spared) for row in mates]
-                for mine, spared in self._sides(plans)
-            ]
-        )
-        first = x[:, [number % width for number in range(neurons)]]
-        slots: dict[str, torch.Tensor] = {}
-        if self.task.decoding is not None:
-            anchors = [self.slots[edit].anchors for edit in edits]
-            places = self._tensor([[mine[number % len(mine)] for number in range(neurons)] for mine in anchors])
-            first = x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-            slots = self._slots(edits, neurons, width)
-        values = torch.stack([self._noise(plan, neurons, turn, x.shape[-1]) for plan in plans]).to(x)
-        return Problem(
-            x=x,
-            residual=cache.residual[index],
-            base=cache.base[index] + self.neurons.output(plain.flatten(0, 1)).view_as(plain),
-            labels=labels,
-            required=required,
-            memory=seen(self.memory),
-            held=seen(self.held),
-            mates=seen(cache.x[self._tensor(mates)]),
-            foreign=foreign.view(len(plans), len(mates)).bool(),
-            # The pre-activation starts at exactly 1 on the row it is made from (Transformer-Patcher, appendix).
-            keys=first / first.square().sum(-1, keepdim=True),
-            bias=x.new_zeros(len(plans), neurons),
-            values=values,
-            **slots,
-        )
-
-    def _slots(self, edits: list[int], neurons: int, width: int) -> dict[str, torch.Tensor]:
-        """Which neuron must fire at which row, and that each token of a text weighs the same (see `Problem`)."""
-        weights, acting, acts = [], [], []
-        for edit in edits:
-            plan, slots = self.plans[edit], self.slots[edit]
-            of = [*slots.of, *[None] * (width - len(plan.rows))]
-            count = len(slots.anchors)
-            weights.append([float(row < len(plan.rows)) for row in range(width)])
-            acting.append([[number % count == slot for number in range(neurons)] for slot in of])
-            acts.append([row for row, slot in enumerate(of) if slot is not None])
-        most = max(self.config.copies, *map(len, acts))
-        acts = [[mine[place % len(mine)] for place in range(most)] for mine in acts]
-        return {"weights": self._tensor(weights), "acting": self._tensor(acting), "acts": self._tensor(acts)}
 
     def finish(self) -> Product:
         """Statuses, messages and the final neurons, ordered by edit."""
@@ -279,7 +187,7 @@ class _Run:
 
     def _verdicts(self, edits: list[int]) -> tuple[dict[int, EditStatus], dict[int, str]]:
         """Each edit's status by its rows, and the languages in which it is wrong."""
-        wrong = {edit: self.plans[edit].wrong_languages(found) for edit, found in self._answers(edits)}
+        wrong = {edit: self.plans[edit].wrong_languages(found) for edit, found in self.answers(edits)}
         status: dict[int, EditStatus] = {edit: "lost" if wrong[edit] else "already-right" for edit in self.spared}
         for edit in self.accepted:
             status[edit] = "edited" if not wrong[edit] else "lost" if edit in self.once_right else "failed"
@@ -290,7 +198,7 @@ class _Run:
     def _drop_failed(self, status: Mapping[int, str]) -> bool:
         """Forget the neurons of edits that failed; whether there were any."""
         before = len(self.neurons.keys)
-        self.neurons.drop(self._tensor([edit for edit in self.accepted if status[edit] == "failed"]))
+        self.neurons.drop(self.tensor([edit for edit in self.accepted if status[edit] == "failed"]))
         return len(self.neurons.keys) < before
 
     def _listen(self, edits: list[int], status: dict[int, EditStatus], why: dict[int, str]) -> None:
@@ -330,42 +238,6 @@ class _Run:
         }
         return said[status] + cut
 
-    def _plan(self, edit: Edit, sampler: Sampler, method: str) -> Plan:
-        chosen = sampler(edit, self.task.rng(method, "languages", edit.request.id))
-        languages = {wording.language for wording in chosen}
-        extra = [w for w in edit.rephrases if w.language in languages] if self.config.rephrases else []
-        asked = [self.task.cache.asked(wording) for wording in (*chosen, *extra)]
-        rows, labels = zip(*(pair for text in asked for pair in text), strict=True)
-        texts = tuple(number for number, text in enumerate(asked) for _ in text)
-        required = sum(map(len, asked[: len(chosen)]))
-        return Plan(edit, chosen, rows, labels, texts, required, tuple(self.task.cache.want(edit.negatives)))
-
-    def _memory_rows(self) -> list[int]:
-        languages = {plan.edit.versions[0].language for plan in self.plans}
-        own = self.config.memory_languages == "own" and any(language in languages for language in self.task.memory)
-        probes = [p for language, texts in self.task.memory.items() if not own or language in languages for p in texts]
-        self.task.rng("memory").shuffle(probes)
-        edited = {row for plan in self.plans for row in plan.rows}
-        known = {
-            (p.text, p.text_pair)
-            for plan in self.plans
-            for w in (*plan.edit.versions, *plan.edit.rephrases)
-            for p in [w.probe]
-        }
-        kept = [p for p in probes if (p.text, p.text_pair) not in known]
-        return [row for row in dict.fromkeys(self.task.cache.want(kept, self.config.memory_rows)) if row not in edited]
-
-    @staticmethod
-    def _sides(plans: list[Plan]) -> list[tuple[set[int], set[int]]]:
-        return [(set(plan.rows), set(plan.negatives)) for plan in plans]
-
-    def _noise(self, plan: Plan, neurons: int, turn: int, width: int) -> torch.Tensor:
-        return torch.randn(neurons, width, generator=self.task.generator("values", plan.edit.request.id, str(turn)))
-
-    def _tensor(self, values: object) -> torch.Tensor:
-        made = torch.tensor(values, device=self.device)
-        return made if made.numel() else made.long()
-
 
 def _activation(task: Task, config: NeuronConfig) -> str:
     name = task.site.activation if config.activation == "ffn" else config.activation
@@ -389,7 +261,7 @@ register(
             models=MODELS,
         ),
         PRESETS,
-        LM_PRESETS,
         own_language,
+        LM_PRESETS,
     )
 )
