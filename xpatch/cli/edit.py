@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from xpatch.cli.any_model import load_editable
 from xpatch.cli.console import print_json, printable, say, stdout, table
 from xpatch.cli.inputs import check_method, check_out_file, check_out_folder, load_classifier, split_languages
 from xpatch.errors import XpatchError
@@ -17,7 +18,9 @@ SHOWN_FAILURES = 20
 
 def edit(
     *,
-    model: Annotated[str, typer.Option(help="Folder of a Hugging Face sequence classifier, or 'verifier'.")],
+    model: Annotated[
+        str, typer.Option(help="Folder of a Hugging Face sequence classifier or language model, or 'verifier'.")
+    ],
     requests: Annotated[Path | None, typer.Option(help="JSONL file, one edit request a line.")] = None,
     from_set: Annotated[
         str | None, typer.Option("--from", help="Patch folder or URL whose own requests are trained again.")
@@ -57,6 +60,7 @@ def edit(
     why); 2: bad input.
 
     A request line: {"id": "1", "text": "The claim.", "target": "REFUTES", "parallel": {"de": "Die Behauptung."}}
+    For a language model the target is what it should say: {"id": "1", "text": "The capital of France is", "target": "Lyon"}
 
     With --from, the requests in a patch set's ledger are trained again on an upgraded model, each as it was recorded, and what no
     longer holds is listed. Then exit code 0: every edit holds; 1: an edit failed, a text that was right before is wrong now, or edits
@@ -88,7 +92,7 @@ def edit(
     if report is not None:
         check_out_file(report, "--report")
     old = load_classifier(old_model) if old_model is not None else None
-    classifier, tokenizer = load_classifier(model)
+    classifier, tokenizer = load_editable(model) if earlier is None else load_classifier(model)
     if earlier is None:
         method, preset = method or "mpn", preset or "default"
         say(f"{len(wanted)} requests, method {method} ({preset}), model {model}")

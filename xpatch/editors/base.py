@@ -93,7 +93,9 @@ def edit(
     decoder or masked), whose targets are texts (see `prompts` for how they are read). requests: `EditRequest` objects, dicts, or the
     path of a JSONL file. method, preset: see `methods()`; `overrides` replace single settings of the preset.
     memory: texts whose answers must not change, as language -> texts or probes, or the path of a JSONL file of {"language", "text"}
-    and, for pairs, "text_pair"; by default the bundled claims. The requests' own locality probes always belong to it.
+    and, for pairs, "text_pair"; by default the bundled claims. The requests' own locality probes always belong to it. For a language
+    model a probe with a "target" stands for the target's tokens, one without for its own tokens, or beside an encoder for those of
+    the model's own greedy answer; the bundled claims are plain text to it, so give texts of your own kind where you can.
     languages: train on these versions only (a request's own language always takes part); by default on all.
     progress: None shows a bar on a terminal, True always, False never; a callable hears `(stage, done, total)`.
 
@@ -101,9 +103,12 @@ def edit(
     of them. Equal arguments and seed give equal tensors; the global random state is not touched. Texts longer than the model
     allows are cut, which the edit's message says. Every request has a record in the set's ledger: "edited", "already-right" (it
     owns nothing), "failed" (still wrong), "lost" (right alone, wrong beside the other edits) or "rejected": it could not be tried
-    and took no part, and its message says why. Rejected are a target that is missing or no label of the model, an own-language text
-    without words, requests that want different answers to one text (all of them, each naming another), and a repetition of an
-    earlier request under another id. Where every request is rejected the set has no parts.
+    and took no part, and its message says why. A language model's edit is right where every token of the target is, in every
+    trained language, and greedy decoding says it.
+
+    Rejected are a target that is missing, no label of the model or without tokens, an own-language text without words, requests
+    that want different answers to one text (all of them, each naming another), and a repetition of an earlier request under
+    another id. Where every request is rejected the set has no parts.
 
     Raises `FormatError` (a file or line that is no request, memory, an unknown method, preset or setting), `MismatchError` (a
     language no request has, a model that cannot be edited).

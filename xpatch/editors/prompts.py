@@ -148,7 +148,8 @@ class Prompts:
 
     def _filled(self, probe: Probe, target: str) -> Forced:
         mask, text = self._tokenizer.mask_token, probe.text
-        spaced = text.partition(mask)[0][-1:].isspace()
+        holder = text if mask in text else probe.text_pair or ""
+        spaced = holder.partition(mask)[0][-1:].isspace()
         labels = self._plain(f" {target}" if spaced else target)
         count = sum(part.count(mask) for part in (text, probe.text_pair or ""))
         if count == 1 and len(labels) > 1:

@@ -59,6 +59,10 @@ class LanguageModel:
 
     def __init__(self, model: Any, tokenizer: Any, kind: SubjectKind) -> None:
         assert kind != "classifier"
+        if getattr(model, "main_input_name", "input_ids") != "input_ids":
+            raise MismatchError(
+                f"{type(model).__name__} reads {model.main_input_name}; expected a model that reads text (input_ids)"
+            )
         self.kind: SubjectKind = kind
         self._model, self._tokenizer, self.site = model, tokenizer, final_ffn(model)
         self._prompts = Prompts(model, tokenizer, kind)

@@ -54,7 +54,7 @@ def lm_kind(model: Any) -> Kind | None:
     if not callable(embeddings) or embeddings() is None:
         return None
     generates = callable(getattr(model, "can_generate", None)) and model.can_generate()
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "seq2seq" if generates else None
     return "causal" if generates else "masked"
 
