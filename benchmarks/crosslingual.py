@@ -130,7 +130,8 @@ def measure(
         locality_groups=protocol.groups,
         baseline=baseline,
     )
-    edits = sum(record.status != "already-right" for record in patches) if patches is not None else 0
+    tried = [record.status for record in patches or () if record.status not in ("already-right", "rejected")]
+    edits = len(tried)
     info = xpatch.methods().get(method)
     row = {
         "name": info.title if info else "Original model",
@@ -141,7 +142,7 @@ def measure(
         **values(report.metrics),
         **values_any(report),
         "edits": edits,
-        "failed": sum(record.status in ("failed", "lost") for record in patches) if patches is not None else 0,
+        "failed": sum(status in ("failed", "lost") for status in tried),
         "seconds": round(seconds, 3),
         "edits_per_s": round(edits / seconds, 2) if seconds else None,
         "restored_bit_exact": cache.digest(model) == before,

@@ -111,14 +111,6 @@ def test_empty_requests(edit: Callable[..., Any], tmp_path: Path, content: str) 
     refuse(edit(requests=tmp_path / "empty.jsonl"), "empty.jsonl", "no edit request")
 
 
-def test_label_not_in_the_model(edit: Callable[..., Any], tmp_path: Path) -> None:
-    refuse(edit(requests=lines(tmp_path / "f.jsonl", GOOD.replace("REFUTES", "MAYBE"))), "MAYBE", "REFUTES", "SUPPORTS")
-
-
-def test_no_target(edit: Callable[..., Any], tmp_path: Path) -> None:
-    refuse(edit(requests=lines(tmp_path / "f.jsonl", '{"id": "1", "text": "a claim"}')), "target")
-
-
 def test_missing_and_broken_memory(edit: Callable[..., Any], tmp_path: Path) -> None:
     refuse(edit(memory=tmp_path / "nothing.jsonl"), "nothing.jsonl")
     refuse(edit(memory=lines(tmp_path / "m.jsonl", '{"language": "en"')), "m.jsonl", "line 1")

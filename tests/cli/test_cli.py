@@ -99,6 +99,53 @@ def test_edit_is_quiet_and_repeatable(
     assert (patch_folder / "patch_model.safetensors").read_bytes() == tensors
 
 
+def test_edit_a_language_model(run: Callable[..., Any], tmp_path: Path) -> None:
+    """A folder whose config.json names a language model: the target is text, and the set fits the folder."""
+    from tests.editors.lm import make_requests, model_of, tokenizer_of
+    from xpatch.patches.requests import write_requests
+
+    model_of("gpt2").save_pretrained(tmp_path / "lm")
+    words = (
+        "edit",
+        "--model",
+        tmp_path / "lm",
+        "--requests",
+        tmp_path / "fixes.jsonl",
+        "--memory",
+        tmp_path / "memory.jsonl",
+    )
+    write_requests(make_requests("gpt2", 1), tmp_path / "fixes.jsonl")
+    (tmp_path / "memory.jsonl").write_text('{"language": "en", "text": "name9 was born in"}\n', encoding="utf-8")
+    tokenizer_of("gpt2").save_pretrained(tmp_path / "lm")
+    result = run(*words, "--out", tmp_path / "out", "--json")
+    found = json.loads(result.out)
+    assert result.code == (0 if found["status"] == {"edited": 1} else 1), result.err
+    assert found["edits"][0]["id"] == "edit-0" and " in en" in found["edits"][0]["message"]
+    assert run("inspect", tmp_path / "out", "--model", tmp_path / "lm").code == 0
+    result = run(*words, "--method", "ft", "--out", tmp_path / "ft")
+    assert result.code == 2 and "methods for it: mpn" in result.err
+
+
+def test_edit_names_what_it_rejects(
+    run: Callable[..., Any], model_folder: Path, requests_file: Path, memory_file: Path, tmp_path: Path
+) -> None:
+    """One bad line: a line about it, exit code 0, for the rest was edited. Nothing but bad lines: exit code 1, and a ledger."""
+    bad = json.dumps({"id": "bad", "text": "Paris", "target": "MAYBE"}) + "\n"
+    requests_file.write_text(bad + requests_file.read_text(encoding="utf-8"), encoding="utf-8")
+    words = ("edit", "--model", model_folder, "--requests", requests_file, "--memory", memory_file)
+    result = run(*words, "--out", tmp_path / "fixes")
+    assert result.code == 0, result.err
+    line = next(line for line in result.out.splitlines() if line.startswith("rejected"))
+    assert line.startswith("rejected bad: ") and "no label 'MAYBE'; labels: REFUTES, SUPPORTS" in line
+    assert "1 rejected" in result.out
+
+    requests_file.write_text(bad, encoding="utf-8")
+    result = run(*words, "--out", tmp_path / "none", "--json")
+    assert result.code == 1, result.err
+    assert json.loads(result.out)["status"] == {"rejected": 1}
+    assert "bad" in run("inspect", tmp_path / "none").out
+
+
 def test_edit_languages(
     run: Callable[..., Any], model_folder: Path, requests_file: Path, memory_file: Path, tmp_path: Path
 ) -> None:

@@ -42,7 +42,15 @@ def test_records_freeze_what_they_are_given() -> None:
     ("changes", "told"),
     [
         ({"id": ""}, "edit, id: expected a non-empty string"),
-        ({"status": "done"}, "edit 'a', status: expected one of edited, already-right, failed, lost, found 'done'"),
+        (
+            {"status": "done"},
+            "edit 'a', status: expected one of edited, already-right, failed, lost, rejected, found 'done'",
+        ),
+        (
+            {"status": "rejected", "rows": {"p": (0,)}},
+            "expected a rejected edit to own no rows and belong to no group, found rows in",
+        ),
+        ({"status": "rejected", "group": "g"}, "and group 'g'; correct the status"),
         ({"request": {"id": "a"}}, "edit 'a', request: expected an EditRequest, found dict"),
         ({"request": EditRequest(id="b", text="x")}, "expected a request of the same id, found 'b'"),
         ({"rows": {"p": (0, 0)}}, "part 'p': expected row indices, each once"),

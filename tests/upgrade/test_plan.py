@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +79,18 @@ def test_redacted_and_expired_edits_are_left_out_with_their_reason():
     assert ids(done.batches[0]) == ["d"]
     with pytest.raises(FormatError, match="edit 'f', expires: expected a date .* found 'soon'"):
         plan(of(kept, record("f", expires="soon")), now=NOW)
+
+
+def test_rejected_requests_are_left_out_before_their_labels_are_looked_at():
+    bad = replace(record("a", target="MAYBE"), status="rejected", message="no label 'MAYBE'")
+    unsaid = of(replace(record("b"), status="rejected")).redact().edits[0]
+    done = plan(of(bad, unsaid, record("c")), now=NOW)
+    assert [(word, why) for word, why in done.left_out.values()] == [
+        ("rejected", "no label 'MAYBE'"), ("rejected", "it was rejected when it was asked for"),
+    ]  # fmt: skip
+    assert ids(done.batches[0]) == ["c"]
+    with pytest.raises(MismatchError, match="all are rejected"):
+        plan(of(bad))
 
 
 def test_what_cannot_be_planned_says_why():

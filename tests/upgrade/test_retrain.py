@@ -11,7 +11,9 @@ import torch
 import xpatch
 from xpatch import ConflictError, FormatError, LanguageMask, MismatchError, zoo
 from xpatch.evaluation import predict
+from xpatch.patches.types import EditRecord
 from xpatch.upgrade import runner
+from xpatch.upgrade.report import LanguageReport
 from xpatch.zoo.verifier.data import requests
 
 LANGUAGES = ("en", "de", "zh")
@@ -191,13 +193,26 @@ def test_what_fails_and_what_is_left_out_is_reported(asked, old_set, upgraded, m
     records = list(old_set.edits)
     records[0] = dataclasses.replace(records[0], request=None)
     records.append(dataclasses.replace(records[1], id=late.id, request=late, rows={}))
+    bad = late.model_copy(update={"id": "bad", "target": "MAYBE", "expires": None})
+    records.append(
+        dataclasses.replace(records[-1], id="bad", request=bad, status="rejected", group=None, message="no label")
+    )
     patches = dataclasses.replace(old_set, edits=tuple(records))
     xpatch.save(patches, tmp_path / "old")
     again = xpatch.retrain(tmp_path / "old", *upgraded, memory=memory, steps=1, rounds=0, rescue=False)
-    assert [edit.status for edit in again.report.edits] == ["redacted", "failed", "failed", "expired"]
+    assert [edit.status for edit in again.report.edits] == ["redacted", "failed", "failed", "expired", "rejected"]
     assert not again.report.holds and not again.report.compared
     assert [record.id for record in again.patches.edits] == [asked[1].id, asked[2].id]
     assert again.report.edits[0].languages == {} and "2001" in again.report.edits[3].message
+    assert again.report.edits[4].message == "no label"
+
+
+def test_what_is_rejected_now_holds_only_where_it_is_right(asked):
+    """Sets that were added up may repeat or contradict each other."""
+    record = EditRecord(id=asked[0].id, method="mpn", status="rejected", request=asked[0], message="duplicate of 'x'")
+    for after, status in ((1, "holds"), (0, "failed")):
+        found = {"en": LanguageReport(texts=1, after=after)}
+        assert runner._verdict(record, found) == (status, "rejected: duplicate of 'x'")
 
 
 def test_groups_that_cannot_be_one_set_say_so(old_set, upgraded, memory, monkeypatch):

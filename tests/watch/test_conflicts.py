@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -90,6 +91,13 @@ def test_rephrases_versions_and_pairs(tiny):
     assert found(model, a, claim_of("b", "due", "LABEL_1")) == []  # the rephrase names its own target
     assert [row[0] for row in found(model, a, claim_of("b", "due", "LABEL_0"))] == ["due"]
     assert found(model, a, claim_of("b", "one", "LABEL_1", text_pair="and a second text")) == []
+
+
+def test_what_was_rejected_claims_nothing(tiny):
+    patches = ledger(claim_of("a", "x", "LABEL_0"), claim_of("b", "x", "LABEL_1"))
+    assert len(list(contradictions({"mine": patches}, "mine", tiny("bert")))) == 1
+    patches = replace(patches, edits=(patches.edits[0], replace(patches.edits[1], status="rejected")))
+    assert list(contradictions({"mine": patches}, "mine", tiny("bert"))) == []
 
 
 def test_the_checked_set_comes_first_and_others_are_not_compared_with_each_other(tiny):

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from xpatch.cli.inputs import model_folder, quiet_transformers
+from xpatch.cli.inputs import load_classifier, model_folder, quiet_transformers
 from xpatch.errors import FormatError, MismatchError
+
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "MTModel")
+
+
+def load_editable(name: str) -> tuple[Any, Any]:
+    """What can be edited, in eval mode and fp32, with its tokenizer: a language model where config.json names the class of one, else a
+    sequence classifier (see `load_classifier`).
+
+    Raises as these, and `FormatError` for a language model without a tokenizer.
+    """
+    try:
+        named = json.loads((model_folder(name) / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    except (OSError, ValueError, LookupError, TypeError):  # load_classifier says what is wrong
+        named = ""
+    if not str(named).endswith(_LANGUAGE_MODELS):
+        return load_classifier(name)
+    model, tokenizer = load(name)
+    if tokenizer is None:
+        raise FormatError(
+            f"model folder {name} holds a {type(model).__name__} without a tokenizer; save its tokenizer there too (save_pretrained)"
+        )
+    return model.float().eval(), tokenizer
 
 
 def skeleton(name: str) -> Any:

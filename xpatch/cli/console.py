@@ -54,9 +54,10 @@ def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]], nu
     for heading in headings:
         made.add_column(Text(heading), justify="right" if heading in numbers else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else Text(_printable(cell)) for cell in row))
+        made.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in row))
     return made
 
 
-def _printable(cell: Any) -> str:
+def printable(cell: Any) -> str:
+    """A value as it may be shown on a terminal: control characters as "�", None as nothing."""
     return "" if cell is None else _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", str(cell))

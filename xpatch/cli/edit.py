@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from xpatch.cli.console import print_json, say, stdout, table
+from xpatch.cli.any_model import load_editable
+from xpatch.cli.console import print_json, printable, say, stdout, table
 from xpatch.cli.inputs import check_method, check_out_file, check_out_folder, load_classifier, split_languages
 from xpatch.errors import XpatchError
 
@@ -17,7 +18,9 @@ SHOWN_FAILURES = 20
 
 def edit(
     *,
-    model: Annotated[str, typer.Option(help="Folder of a Hugging Face sequence classifier, or 'verifier'.")],
+    model: Annotated[
+        str, typer.Option(help="Folder of a Hugging Face sequence classifier or language model, or 'verifier'.")
+    ],
     requests: Annotated[Path | None, typer.Option(help="JSONL file, one edit request a line.")] = None,
     from_set: Annotated[
         str | None, typer.Option("--from", help="Patch folder or URL whose own requests are trained again.")
@@ -52,10 +55,15 @@ def edit(
 ) -> None:
     """Train edits on a model folder and write them as a patch folder. The model is not changed.
 
+    A request that cannot be tried (no label of the model, no text, a contradiction or a repetition of another) is named and left
+    out. Exit code 0: something was edited, or all was right already; 1: nothing was edited (the folder is written, its ledger says
+    why); 2: bad input.
+
     A request line: {"id": "1", "text": "The claim.", "target": "REFUTES", "parallel": {"de": "Die Behauptung."}}
+    For a language model the target is what it should say: {"id": "1", "text": "The capital of France is", "target": "Lyon"}
 
     With --from, the requests in a patch set's ledger are trained again on an upgraded model, each as it was recorded, and what no
-    longer holds is listed. Exit code 0: every edit holds; 1: an edit failed, a text that was right before is wrong now, or edits
+    longer holds is listed. Then exit code 0: every edit holds; 1: an edit failed, a text that was right before is wrong now, or edits
     were redacted (see --skip-redacted); 2: bad input. Expired edits are left out.
 
     Example: xpatch edit --model my-model --requests fixes.jsonl --method mpn --out fixes
@@ -84,7 +92,7 @@ def edit(
     if report is not None:
         check_out_file(report, "--report")
     old = load_classifier(old_model) if old_model is not None else None
-    classifier, tokenizer = load_classifier(model)
+    classifier, tokenizer = load_editable(model) if earlier is None else load_classifier(model)
     if earlier is None:
         method, preset = method or "mpn", preset or "default"
         say(f"{len(wanted)} requests, method {method} ({preset}), model {model}")
@@ -93,6 +101,9 @@ def edit(
         )
         xpatch.save(patches, out)
         _show(patches, out, as_json)
+        statuses = {record.status for record in patches.edits}
+        if "edited" not in statuses and statuses != {"already-right"}:
+            raise typer.Exit(1)
         return
     say(f"{len(earlier)} edits of {from_set}, model {model}")
     again = xpatch.retrain(
@@ -124,6 +135,9 @@ def _show(patches: Any, out: Path, as_json: bool) -> None:
         ]
         print_json({**_written(patches, out), "status": dict(counts), "edits": edits})
         return
+    for record in patches.edits:
+        if record.status == "rejected":
+            stdout().print(printable(f"rejected {record.id}: {record.message}"), markup=False, soft_wrap=True)
     _list("not edited", [record for record in patches.edits if record.status in ("failed", "lost")])
     _summary(patches, out, counts)
 
@@ -137,7 +151,7 @@ def _show_again(again: Any, out: Path, as_json: bool) -> None:
         return
     stdout().print(report.table())
     _list("no longer hold", report.having("failed", "lost"))
-    _list("not trained", report.having("redacted", "expired"))
+    _list("not trained", report.having("rejected", "redacted", "expired"))
     _summary(again.patches, out, counts)
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import datetime
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from xpatch.editors.cache import FeatureCache
+from xpatch.editors.admission import Admitted, admit
 from xpatch.editors.guard import check_editable, untouched
-from xpatch.editors.inputs import as_memory, labels_of, resolve_edits
+from xpatch.editors.inputs import as_memory, check_languages, without_text
 from xpatch.editors.presets import Config, resolve
 from xpatch.editors.progress import Report, reporting
-from xpatch.editors.task import Product, Task
-from xpatch.errors import FormatError
-from xpatch.models.heads import head_of
+from xpatch.editors.subject import SubjectKind, subject_of
+from xpatch.editors.task import Outcome, Product, Task
+from xpatch.errors import FormatError, MismatchError
 from xpatch.patches.identity import identify
 from xpatch.patches.requests import EditRequest, as_requests
 from xpatch.patches.types import EditRecord, PatchSet
@@ -26,7 +26,8 @@ _MODULES = ("xpatch.editors.ft.editor", "xpatch.editors.t_patcher.editor", "xpat
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What one method is. `edits`: the models and inputs it can edit; `separable`: whether single edits can be taken out again."""
+    """What one method is. `edits`: the models and inputs it can edit; `separable`: whether single edits can be taken out again.
+    parallel: whether a request's other languages are trained on too. models: the kinds of models it edits."""
 
     name: str
     title: str
@@ -35,10 +36,15 @@ class MethodInfo:
     edits: str
     separable: bool
     presets: tuple[str, ...] = ()
+    parallel: bool = False
+    models: tuple[SubjectKind, ...] = ("classifier",)
 
 
 class Editor(Protocol):
-    """One method. `edit` is called with the model in eval mode, gradients of its parameters off, texts and labels resolved."""
+    """One method. `edit` is called with the model in eval mode, gradients of its parameters off, texts and labels resolved.
+
+    One that edits language models too (`info.models`) has presets of the same names for them, `lm_presets`.
+    """
 
     @property
     def info(self) -> MethodInfo:
@@ -83,45 +89,60 @@ def edit(
 ) -> PatchSet:
     """Train `requests` into a `PatchSet` for `model`; the model is left bit-identical.
 
-    model, tokenizer: a Hugging Face sequence classifier in fp32 and its tokenizer. requests: `EditRequest` objects, dicts, or the
+    model, tokenizer: a Hugging Face model in fp32 and its tokenizer: a sequence classifier, or a language model (encoder-decoder,
+    decoder or masked), whose targets are texts (see `prompts` for how they are read). requests: `EditRequest` objects, dicts, or the
     path of a JSONL file. method, preset: see `methods()`; `overrides` replace single settings of the preset.
     memory: texts whose answers must not change, as language -> texts or probes, or the path of a JSONL file of {"language", "text"}
-    and, for pairs, "text_pair"; by default the bundled claims. The requests' own locality probes always belong to it.
+    and, for pairs, "text_pair"; by default the bundled claims. The requests' own locality probes always belong to it. For a language
+    model a probe with a "target" stands for the target's tokens, one without for its own tokens, or beside an encoder for those of
+    the model's own greedy answer; the bundled claims are plain text to it, so give texts of your own kind where you can.
     languages: train on these versions only (a request's own language always takes part); by default on all.
     progress: None shows a bar on a terminal, True always, False never; a callable hears `(stage, done, total)`.
 
     The edits are trained on the model as it answers now: patches applied to it count as part of it, so the result belongs on top
     of them. Equal arguments and seed give equal tensors; the global random state is not touched. Texts longer than the model
     allows are cut, which the edit's message says. Every request has a record in the set's ledger: "edited", "already-right" (it
-    owns nothing), "failed" (still wrong) or "lost" (right alone, wrong beside the other edits).
+    owns nothing), "failed" (still wrong), "lost" (right alone, wrong beside the other edits) or "rejected": it could not be tried
+    and took no part, and its message says why. A language model's edit is right where every token of the target is, in every
+    trained language, and greedy decoding says it.
 
-    Raises `FormatError` (requests, memory, an unknown method, preset or setting), `MismatchError` (a label or language that is
-    not there, a model that cannot be edited).
+    Rejected are a target that is missing, no label of the model or without tokens, an own-language text without words, requests
+    that want different answers to one text (all of them, each naming another), and a repetition of an earlier request under
+    another id. Where every request is rejected the set has no parts.
+
+    Raises `FormatError` (a file or line that is no request, memory, an unknown method, preset or setting), `MismatchError` (a
+    language no request has, a model that cannot be edited).
     """
     editor = _registry().get(method)
     if editor is None:
         raise FormatError(f"there is no method {method!r}; methods: {', '.join(sorted(_EDITORS))}")
-    config = resolve(method, editor.presets, preset, overrides)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise FormatError(f"seed: expected an integer, found {seed!r}")
     parsed = as_requests(requests)
     check_editable(model)
-    head = head_of(model)
-    edits = resolve_edits(parsed, labels_of(model, head.labels), languages)
-    kept = as_memory(memory, edits)
+    subject = subject_of(model, tokenizer)
+    config = resolve(method, _presets_for(editor, subject.kind, model), preset, overrides)
+    check_languages(parsed, languages)
+    admitted = admit(parsed, lambda request: subject.resolve(request, languages), subject.index)
+    kept = as_memory(memory, admitted.edits)
     with reporting(progress) as report, untouched(model):
-        task = Task(
-            model=model,
-            site=head.site,
-            head=head,
-            edits=edits,
-            memory=kept,
-            cache=FeatureCache(model, tokenizer, head.site),
-            seed=seed,
-            report=report,
-        )
-        product = editor.edit(task, config)
-        base = identify(model, tokenizer, site=head.site.name)
+        product = Product({}, ())
+        if admitted.edits:
+            bench = subject.bench(admitted.edits)
+            task = Task(
+                model=model,
+                site=subject.site,
+                head=bench.head,
+                edits=admitted.edits,
+                memory=kept,
+                cache=bench.cache,
+                seed=seed,
+                report=report,
+                decoding=bench.decoding,
+            )
+            product = editor.edit(task, config)
+        base = identify(model, tokenizer, site=subject.site.name)
+    outcomes = _outcomes(parsed, admitted, product, languages if editor.info.parallel else ())
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     settings = {"preset": preset, **config.model_dump()}
     records = tuple(
@@ -138,9 +159,31 @@ def edit(
             seconds=round(outcome.seconds, 4),
             message=outcome.message,
         )
-        for request, outcome in zip(parsed, product.outcomes, strict=True)
+        for request, outcome in zip(parsed, outcomes, strict=True)
     )
     return PatchSet(parts=product.parts, edits=records, base=base)
+
+
+def _presets_for(editor: Editor, kind: SubjectKind, model: Any) -> Mapping[str, Config]:
+    if kind not in editor.info.models:
+        able = sorted(name for name, other in _EDITORS.items() if kind in other.info.models)
+        raise MismatchError(
+            f"method {editor.info.name!r} edits {', '.join(editor.info.models)} models, found {type(model).__name__}, a {kind} "
+            f"model; methods for it: {', '.join(able) or 'none'}"
+        )
+    return editor.presets if kind == "classifier" else editor.lm_presets  # type: ignore[attr-defined, no-any-return]
+
+
+def _outcomes(
+    requests: Sequence[EditRequest], admitted: Admitted, product: Product, languages: Sequence[str] | None
+) -> list[Outcome]:
+    """One outcome per request, in order; the messages name those of `languages` (None: all) an edit has no text in."""
+    found = {id: Outcome("rejected", why) for id, why in admitted.rejected.items()}
+    for edit, outcome in zip(admitted.edits, product.outcomes, strict=True):
+        missing = without_text(edit, languages)
+        said = f"{outcome.message}; no text in {', '.join(missing)}" if missing else outcome.message
+        found[edit.request.id] = replace(outcome, message=said)
+    return [found[request.id] for request in requests]
 
 
 def _registry() -> dict[str, Editor]:

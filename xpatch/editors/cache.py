@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from xpatch.editors.progress import Report
 from xpatch.models.features import capture
 from xpatch.patches.requests import Probe
+
+if TYPE_CHECKING:
+    from xpatch.editors.task import Wording
 
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert"}  # positions start after the padding index
 
@@ -48,9 +52,14 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def want(self, probes: Iterable[Probe]) -> list[int]:
-        """Row numbers of `probes`; equal texts share one."""
-        return [self._rows.setdefault((probe.text, probe.text_pair), len(self._rows)) for probe in probes]
+    def want(self, probes: Iterable[Probe], limit: int | None = None) -> list[int]:
+        """Row numbers of (the first `limit` of) `probes`; equal texts share one."""
+        first = itertools.islice(probes, limit)
+        return [self._rows.setdefault((probe.text, probe.text_pair), len(self._rows)) for probe in first]
+
+    def asked(self, wording: Wording) -> list[tuple[int, int]]:
+        """(row, label) of everything that decides whether a wording is answered: here one row."""
+        return [(self.want([wording.probe])[0], wording.label)]
 
     def fill(self, report: Report) -> None:
         """Read every text wanted since the last call."""

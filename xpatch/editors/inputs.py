@@ -29,26 +29,34 @@ def labels_of(model: Any, count: int) -> dict[str, int]:
 def resolve_edits(
     requests: Sequence[EditRequest], labels: Mapping[str, int], languages: Sequence[str] | None
 ) -> list[Edit]:
-    """Requests with label indices, restricted to `languages`; each request's own language comes first."""
-    if languages is not None:
-        if isinstance(languages, str):
-            raise FormatError(f"languages: expected a list of language codes, found the string {languages!r}")
-        known = {language for request in requests for language in request.versions}
-        for language in languages:
-            if language not in known:
-                raise MismatchError(
-                    f"language {language!r} occurs in no request; languages there are: {', '.join(sorted(known))}"
-                )
-    return [_resolve(request, labels, languages) for request in requests]
+    """Requests with label indices, restricted to `languages`; each request's own language comes first.
+
+    Raises `MismatchError` for the first that cannot be resolved; `admission.admit` rejects it instead.
+    """
+    check_languages(requests, languages)
+    return [resolve_edit(request, labels, languages) for request in requests]
 
 
-def _resolve(request: EditRequest, labels: Mapping[str, int], languages: Sequence[str] | None) -> Edit:
-    chosen = [request.language]
-    chosen += [
-        language
-        for language in request.versions
-        if language != request.language and (languages is None or language in languages)
-    ]
+def check_languages(requests: Sequence[EditRequest], languages: Sequence[str] | None) -> None:
+    """Raise where `languages` is no list of codes (`FormatError`), or names one that no request has (`MismatchError`)."""
+    if languages is None:
+        return
+    if isinstance(languages, str):
+        raise FormatError(f"languages: expected a list of language codes, found the string {languages!r}")
+    known = {language for request in requests for language in request.versions}
+    for language in languages:
+        if language not in known:
+            raise MismatchError(
+                f"language {language!r} occurs in no request; languages there are: {', '.join(sorted(known))}"
+            )
+
+
+def resolve_edit(request: EditRequest, labels: Mapping[str, int], languages: Sequence[str] | None) -> Edit:
+    """One request with label indices; a version without text does not take part.
+
+    Raises `MismatchError` for a target that is missing or no label, and for an own-language text without words.
+    """
+    chosen = taking_part(request, languages)
     versions: list[Wording] = []
     rephrases: list[Wording] = []
     negatives: list[Probe] = []
@@ -61,6 +69,27 @@ def _resolve(request: EditRequest, labels: Mapping[str, int], languages: Sequenc
             rephrases.append(Wording(probe, own, language))
         negatives += version.locality
     return Edit(request, tuple(versions), tuple(rephrases), tuple(negatives))
+
+
+def taking_part(request: EditRequest, languages: Sequence[str] | None) -> list[str]:
+    """The languages `request` is edited in: its own first, then those of `languages` that it has a text in.
+
+    Raises `MismatchError` where its own text is blank.
+    """
+    if not request.versions[request.language].text.strip():
+        raise MismatchError(
+            f"request {request.id!r}, language {request.language!r}: expected a text, found only white space; give the text to edit"
+        )
+    return [request.language] + [
+        language
+        for language, version in request.versions.items()
+        if language != request.language and (languages is None or language in languages) and version.text.strip()
+    ]
+
+
+def without_text(edit: Edit, languages: Sequence[str] | None) -> list[str]:
+    """The languages asked for (by default the request's own) that the edit has no text in."""
+    return [code for code in (edit.request.versions if languages is None else languages) if code not in edit.languages]
 
 
 def _label(request: EditRequest, language: str, target: str | None, labels: Mapping[str, int]) -> int:

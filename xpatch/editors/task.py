@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,11 +17,12 @@ from xpatch.patches.types import EditStatus, Part
 
 @dataclass(frozen=True)
 class Wording:
-    """One text an edit is about, its label index and its language."""
+    """One text an edit is about, its label index and its language. target: what a language model should say to it (label is -1)."""
 
     probe: Probe
     label: int
     language: str
+    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,22 @@ class Edit:
         return tuple(version.language for version in self.versions)
 
 
+class Decoding(Protocol):
+    """Asks a language model as it will be asked."""
+
+    def instead(
+        self, wordings: Sequence[Wording], added: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> list[str | None]:
+        """What the model says to each instead of its target, None where it says that; `added`: see `decoding.Added`."""
+
+
 @dataclass(frozen=True)
 class Task:
-    """Everything an editor works on. `memory`: language -> probes whose behaviour must not change."""
+    """Everything an editor works on. `memory`: language -> probes whose behaviour must not change.
+
+    head: of `models.heads`, or of `models.lm_heads` for a language model; cache: its rows; decoding: says what the model says with
+    trained neurons in place, None for a classifier.
+    """
 
     model: torch.nn.Module
     site: Any
@@ -50,6 +64,7 @@ class Task:
     cache: FeatureCache
     seed: int
     report: Report
+    decoding: Decoding | None = None
 
     def rng(self, *salt: str) -> random.Random:
         """A random stream of its own for one purpose: the same whatever else is edited in the call."""

@@ -40,8 +40,8 @@ def evaluate(
     (texts, probes with a gold `target`, or a JSONL path of {"language", "text", "text_pair", "target"}).
     locality_groups: "train" / "test" -> one name for each position of every language's probes; what shares a name (a subject)
     is resampled together. Without it each position is its own group.
-    needed: ids of the edits that were needed. Default: those the patches' ledger does not record as already right, else those
-    the unpatched model gets wrong in any language.
+    needed: ids of the edits that were needed. Default: those the patches' ledger does not record as already right or rejected, else
+    those the unpatched model gets wrong in any language.
     baseline: a report on the same model, cases and locality texts, whose unpatched predictions are reused.
 
     Unpatched predictions are those of `xpatch.disabled`. Intervals are bootstrapped over subjects (or edits) from `seed`.
@@ -123,7 +123,7 @@ def _needed(
         return chosen
     recorded = {record.id: record.status for record in (patches.edits if patches is not None else ())}
     if recorded and not known.isdisjoint(recorded):
-        return {case for case in known if recorded.get(case, "already-right") != "already-right"}
+        return {case for case in known if recorded.get(case, "already-right") not in ("already-right", "rejected")}
     return needed_ids(predictions)
 
 

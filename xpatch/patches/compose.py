@@ -157,7 +157,8 @@ def _check_separable(patches: PatchSet, kept: set[str]) -> None:
 def may_own(record: EditRecord, ownership: dict[str, Ownership], *, whole: bool) -> bool:
     """Whether a part without an owner (`whole`: a dense delta, else one with rows) may serve this edit."""
     owns = any(rows or ownership[name] == "shared" for name, rows in record.rows.items())
-    return (whole and owns) or (not owns and (record.group is not None or record.status != "already-right"))
+    served = record.group is not None or record.status not in ("already-right", "rejected")
+    return (whole and owns) or (not owns and served)
 
 
 def _rows_of(part: Part, rows: list[int]) -> Part:

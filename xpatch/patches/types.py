@@ -37,14 +37,16 @@ __all__ = [
     "STATUSES",
 ]
 
-STATUSES = ("edited", "already-right", "failed", "lost")
-EditStatus = Literal["edited", "already-right", "failed", "lost"]
+STATUSES = ("edited", "already-right", "failed", "lost", "rejected")
+EditStatus = Literal["edited", "already-right", "failed", "lost", "rejected"]
 
 
 @dataclass(frozen=True)
 class EditRecord(Value):
     """One line of the ledger: what was asked, by which method, with which result, and which rows it owns.
 
+    status: "edited"; "already-right": nothing was to do; "failed": still wrong; "lost": right alone, wrong beside the other edits;
+    "rejected": a request that could not be tried, for the reason in `message`; it owns nothing.
     rows: part name -> indices of its neurons (or ranks); `()` says that the edit shares the part as a whole (a `DenseDelta`,
     a batch's low-rank delta). `group`: edits of one group share parts and cannot be separated. hyperparameters: plain JSON
     data. created: ISO 8601. `request` is None once redacted; the record keeps a copy of the request it is given.
@@ -85,6 +87,11 @@ class EditRecord(Value):
         self._set(seed=checks.optional_integer(self.seed, f"{where}, seed"))
         self._set(seconds=checks.optional_number(self.seconds, f"{where}, seconds"))
         self._set(rows=checks.frozen_rows(self.rows, f"{where}, rows"))
+        if self.status == "rejected" and (self.rows or self.group is not None):
+            raise FormatError(
+                f"{where}: expected a rejected edit to own no rows and belong to no group, found rows in {sorted(self.rows)} and "
+                f"group {self.group!r}; correct the status"
+            )
         self._set(hyperparameters=checks.frozen_json(hyperparameters, f"{where}, hyperparameters"))
 
 

@@ -30,7 +30,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """batches: in the order of their first edit. left_out: id -> ("redacted" or "expired", why)."""
+    """batches: in the order of their first edit. left_out: id -> ("rejected", "redacted" or "expired", why)."""
 
     batches: tuple[Batch, ...]
     left_out: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -117,6 +117,8 @@ def check_labels(requests: Sequence[EditRequest], patches: PatchSet, model: Any)
 
 
 def _why_not(record: EditRecord, now: datetime.datetime) -> tuple[str, str] | None:
+    if record.status == "rejected":
+        return "rejected", record.message or "it was rejected when it was asked for"
     request = record.request
     if request is None:
         return "redacted", "its request was removed from the ledger"

@@ -13,7 +13,7 @@ from xpatch.evaluation.metrics import Answers, Predictions
 if TYPE_CHECKING:
     from rich.table import Table
 
-Status = Literal["already-right", "holds", "lost", "failed", "redacted", "expired"]
+Status = Literal["already-right", "holds", "lost", "failed", "rejected", "redacted", "expired"]
 NOT_HELD = ("lost", "failed")
 
 
@@ -43,8 +43,8 @@ class EditReport(_Frozen):
     """One edit of the old ledger.
 
     status: "already-right": right on the new base, it needs no patch any more; "holds": trained again and right, nothing lost;
-    "lost": a text that was right before is wrong now; "failed": still wrong in a language its method trains; "redacted",
-    "expired": not trained. languages: empty for the last two.
+    "lost": a text that was right before is wrong now; "failed": still wrong in a language its method trains, or rejected
+    now; "rejected" (it was never tried), "redacted", "expired": not trained. languages: empty for the last three.
     """
 
     id: str

@@ -58,8 +58,8 @@ def retrain(
     a ledger records neither, so give them again where the set was trained with them. old: (model, tokenizer) of the old base; with it the report says what held
     there with `patches` and is lost now. progress: as for `xpatch.edit`; stages "reading" (texts), "training" (edits), "measuring".
 
-    Left out, and named in the report: edits whose request or target was redacted, and those whose `expires` is past. An edit right
-    on the new base without a patch stays in the ledger as "already-right" and owns nothing.
+    Left out, and named in the report: requests that were rejected, edits whose request or target was redacted, and those whose
+    `expires` is past. An edit right on the new base without a patch stays in the ledger as "already-right" and owns nothing.
 
     Raises `FormatError` (no ledger, a setting there is not), `MismatchError` (labels the new base lacks, named; a method there is
     not; nothing left to train; an old base `patches` were not made for), `ConflictError` (groups that cannot be one set).
@@ -226,9 +226,11 @@ def _verdict(record: EditRecord, languages: Mapping[str, LanguageReport]) -> tup
     message = record.message or ""
     if record.status in ("failed", "lost"):
         return record.status, message  # type: ignore[return-value]
+    assert record.request is not None  # it was given again
+    own = languages[record.request.language]
+    if record.status == "rejected":  # two sets of one ledger may contradict or repeat each other
+        return ("holds" if own.after == own.texts else "failed"), f"rejected: {message}"
     lost = [f"{code} ({found.lost})" for code, found in languages.items() if found.lost]
     if lost:
         return "lost", f"right before and wrong now, texts and rephrases: {', '.join(lost)}"
-    assert record.request is not None  # it was trained from it
-    own = languages[record.request.language]
     return ("already-right" if record.status == "already-right" and own.before == own.texts else "holds"), message

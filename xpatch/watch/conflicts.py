@@ -105,7 +105,9 @@ def check(
         contradictions=tuple(contradictions(sets, slot, watched.model)),
         oppositions=tuple(found),
         texts=len(asked),
-        unread=tuple((key, record.id) for key, record in records if record.request is None),
+        unread=tuple(
+            (key, record.id) for key, record in records if record.request is None and record.status != "rejected"
+        ),
         left_out=left_out,
     )
 

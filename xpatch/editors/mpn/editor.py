@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from xpatch.editors.base import MethodInfo, register
-from xpatch.editors.mpn.config import PRESETS
+from xpatch.editors.mpn.config import LM_PRESETS, PRESETS
 from xpatch.editors.mpn.samplers import all_parallel, one_parallel
-from xpatch.editors.t_patcher.editor import PatchNeuronEditor
+from xpatch.editors.t_patcher.editor import EDITS, MODELS, PatchNeuronEditor
 
 _PAPER = "Si, Zhang and Zhang 2024, MPN: Leveraging Multilingual Patch Neuron for Cross-lingual Model Editing"
 _URL = "https://arxiv.org/abs/2401.03190"
-_EDITS = "sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2), single texts and pairs; "
 
 register(
     PatchNeuronEditor(
@@ -18,19 +17,30 @@ register(
             title="MPN (only)",
             paper=_PAPER,
             url=_URL,
-            edits=_EDITS + "the edit's own language and one other",
+            edits=EDITS + "the edit's own language and one other",
             separable=True,
+            parallel=True,
+            models=MODELS,
         ),
         PRESETS,
         one_parallel,
+        LM_PRESETS,
     )
 )
 register(
     PatchNeuronEditor(
         MethodInfo(
-            name="mpn", title="MPN (all)", paper=_PAPER, url=_URL, edits=_EDITS + "every language given", separable=True
+            name="mpn",
+            title="MPN (all)",
+            paper=_PAPER,
+            url=_URL,
+            edits=EDITS + "every language given",
+            separable=True,
+            parallel=True,
+            models=MODELS,
         ),
         PRESETS,
         all_parallel,
+        LM_PRESETS,
     )
 )

@@ -9,61 +9,53 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
 from xpatch.editors.base import MethodInfo, register
-from xpatch.editors.t_patcher.config import PRESETS, NeuronConfig
+from xpatch.editors.subject import SubjectKind
+from xpatch.editors.t_patcher.config import LM_PRESETS, PRESETS, NeuronConfig
 from xpatch.editors.t_patcher.coordinates import Coordinates
-from xpatch.editors.t_patcher.neurons import Neurons
+from xpatch.editors.t_patcher.plans import slots_of
+from xpatch.editors.t_patcher.rows import LOGITS, EditRows
 from xpatch.editors.t_patcher.samplers import Sampler, own_language
-from xpatch.editors.t_patcher.train import Problem, train
-from xpatch.editors.task import Edit, Outcome, Product, Task, Wording
+from xpatch.editors.t_patcher.train import train
+from xpatch.editors.task import Outcome, Product, Task
 from xpatch.errors import MismatchError
-from xpatch.patches.types import ACTIVATIONS, PatchNeurons
+from xpatch.patches.jsonl import shorten
+from xpatch.patches.types import ACTIVATIONS, EditStatus, PatchNeurons
 
 PART = "neurons"
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One edit's cached rows: `rows[i]` must become `labels[i]`; the first `required` of them decide."""
-
-    edit: Edit
-    chosen: tuple[Wording, ...]
-    rows: tuple[int, ...]
-    labels: tuple[int, ...]
-    required: int
-    negatives: tuple[int, ...]
+EDITS = (
+    "sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2), single texts and pairs; language models: encoder-decoders (BART, mBART, T5, "
+    "mT5), decoders (GPT-2, BLOOM, Llama, Qwen ...) and masked ones; "
+)
+MODELS: tuple[SubjectKind, ...] = ("classifier", "causal", "seq2seq", "masked")
 
 
 class PatchNeuronEditor:
     """The editor of `t-patcher`, `mpn-only` and `mpn`: they differ in `sampler` and presets alone."""
 
-    def __init__(self, info: MethodInfo, presets: Mapping[str, NeuronConfig], sampler: Sampler) -> None:
+    def __init__(
+        self,
+        info: MethodInfo,
+        presets: Mapping[str, NeuronConfig],
+        sampler: Sampler,
+        lm_presets: Mapping[str, NeuronConfig] | None = None,
+    ) -> None:
         self.info, self.presets, self._sampler = info, presets, sampler
+        self.lm_presets = lm_presets or {}
 
     def edit(self, task: Task, config: NeuronConfig) -> Product:
         """Train on `task`; every tensor of the result is on the CPU."""
         return _Run(task, config, self.info.name, self._sampler).product()
 
 
-class _Run:
+class _Run(EditRows):
     """One edit call: the neurons so far, which edits have been accepted, and the current answers."""
 
     def __init__(self, task: Task, config: NeuronConfig, method: str, sampler: Sampler) -> None:
-        self.task, self.config = task, config
-        self.activation = _activation(task, config)
-        self.plans = [self._plan(edit, sampler, method) for edit in task.edits]
-        memory = self._memory_rows()
-        task.cache.fill(task.report)
-        self.device = task.cache.x.device
-        split = round(len(memory) * config.memory_validation) if config.early_stop else 0
-        rows = torch.tensor(memory, dtype=torch.long, device=self.device)
-        self.held, self.memory = task.cache.x[rows[:split]], task.cache.x[rows[split:]]
-        self.neurons = Neurons.none(task.cache.x.shape[1], self.activation, self.device)
-        self.accepted: list[int] = []  # edits with neurons, in the order they were taken up
+        super().__init__(task, config, _activation(task, config), method, sampler)
         self.spared: list[int] = []  # edits that needed none
         self.seconds = dict.fromkeys(range(len(self.plans)), 0.0)
         self.once_right: set[int] = set()
@@ -94,8 +86,7 @@ class _Run:
     def take(self, chunk: list[int], decided: int) -> None:
         """Edit `chunk`: its edits are right afterwards beside all others, or have been tried often enough."""
         self.accepted += chunk
-        for start in range(0, len(chunk), self.config.chunk):
-            self.learn(chunk[start : start + self.config.chunk], self.config.neurons, 0, decided)
+        self.learn_all(chunk, self.config.neurons, 0, decided)
         if chunk:
             self.repair(decided + len(chunk))
 
@@ -108,8 +99,7 @@ class _Run:
                 return
             neurons = max(self.config.neurons, min(self.config.neurons + turn, self.config.max_neurons))
             self.neurons.drop(torch.tensor(wrong, device=self.device))
-            for start in range(0, len(wrong), self.config.chunk):
-                self.learn(wrong[start : start + self.config.chunk], neurons, turn, decided)
+            self.learn_all(wrong, neurons, turn, decided)
         self.right(self.accepted)
 
     def rescue(self, decided: int) -> None:
@@ -120,15 +110,30 @@ class _Run:
             if not wrong:
                 return
             rows = sorted({row for plan in self.plans for row in plan.rows})
-            scaled = Coordinates.scaled(torch.cat((self.memory, self.task.cache.x[self._tensor(rows)])))
+            scaled = Coordinates.scaled(torch.cat((self.memory, self.task.cache.x[self.tensor(rows)])))
             self.neurons.drop(torch.tensor(wrong, device=self.device))
-            for start in range(0, len(wrong), self.config.chunk):
-                self.learn(wrong[start : start + self.config.chunk], self.config.max_neurons, turn, decided, scaled)
+            self.learn_all(wrong, self.config.max_neurons, turn, decided, scaled)
+
+    def learn_all(
+        self, edits: list[int], neurons: int, turn: int, decided: int, coordinates: Coordinates | None = None
+    ) -> None:
+        """`learn` in chunks; edits of a language model with `neurons` for each of their slots, those with equally many together."""
+        sizes: dict[int, list[int]] = {}
+        for edit, answers in self.answers(edits) if self.task.decoding is not None else ():
+            self.slots[edit] = slots_of(self.plans[edit], answers, self.config.max_tokens)
+        for edit in edits:
+            count = len(self.slots[edit].anchors) if edit in self.slots else 1
+            sizes.setdefault(neurons * count, []).append(edit)
+        for size, alike in sizes.items():
+            rows = max(len(self.plans[edit].rows) for edit in alike)
+            step = min(self.config.chunk, max(1, LOGITS // (rows * self.width)))
+            for start in range(0, len(alike), step):
+                self.learn(alike[start : start + step], size, turn, decided, coordinates)
 
     def learn(
         self, edits: list[int], neurons: int, turn: int, decided: int, coordinates: Coordinates | None = None
     ) -> None:
-        """Train `edits` side by side against the current neurons and install the result."""
+        """Train `edits`, with `neurons` each, side by side against the current neurons and install the result."""
         begun = time.perf_counter()
         problem = self.problem(edits, neurons, turn, coordinates)
         generator = self.task.generator("memory", *(self.plans[edit].edit.request.id for edit in edits), str(turn))
@@ -146,85 +151,26 @@ class _Run:
 
     def right(self, edits: list[int]) -> dict[int, bool]:
         """Which edits are right in all their required rows, with all neurons there are."""
-        verdict = {edit: not self.wrong_languages(edit, answers) for edit, answers in self._answers(edits)}
+        verdict = {edit: not self.plans[edit].wrong_languages(answers) for edit, answers in self.answers(edits)}
         self.once_right.update(edit for edit, good in verdict.items() if good)
         return verdict
-
-    def wrong_languages(self, edit: int, answers: list[int]) -> list[str]:
-        """Languages whose required text gets another answer than asked for."""
-        plan = self.plans[edit]
-        return [w.language for w, answer in zip(plan.chosen, answers, strict=True) if answer != w.label]
-
-    def _answers(self, edits: list[int]) -> list[tuple[int, list[int]]]:
-        if not edits:
-            return []
-        plans = [self.plans[edit] for edit in edits]
-        rows = torch.tensor([row for plan in plans for row in plan.rows[: plan.required]], device=self.device)
-        cache = self.task.cache
-        with torch.no_grad():
-            output = cache.base[rows] + self.neurons.output(cache.x[rows])
-            answers = self.task.head.tail(output, cache.residual[rows]).argmax(-1).tolist()
-        found, start = [], 0
-        for edit, plan in zip(edits, plans, strict=True):
-            found.append((edit, answers[start : start + plan.required]))
-            start += plan.required
-        return found
-
-    def problem(self, edits: list[int], neurons: int, turn: int, coordinates: Coordinates | None = None) -> Problem:
-        """Gather the cached rows of `edits`, in `coordinates`; base outputs hold what the current neurons add."""
-        cache, plans = self.task.cache, [self.plans[edit] for edit in edits]
-        width = max(len(plan.rows) for plan in plans)
-        index = self._tensor([[plan.rows[i % len(plan.rows)] for i in range(width)] for plan in plans])
-        labels = self._tensor([[plan.labels[i % len(plan.rows)] for i in range(width)] for plan in plans])
-        required = self._tensor([[i < plan.required for i in range(width)] for plan in plans])
-        seen = coordinates.forward if coordinates is not None else lambda x: x
-        plain = cache.x[index]
-        x = seen(plain)
-        # Rows of the accepted edits are memory for each other, an edit's locality probes for it alone; a text that two edits
-        # share is nobody's foreign row.
-        shared = {row for edit in self.accepted for row in self.plans[edit].rows}
-        mates = sorted(shared.union(*(plan.negatives for plan in plans)))
-        foreign = self._tensor(
-            [
-                [row not in mine and (row in shared or row in spared) for row in mates]
-                for mine, spared in self._sides(plans)
-            ]
-        )
-        first = x[:, [number % width for number in range(neurons)]]
-        values = torch.stack([self._noise(plan, neurons, turn, x.shape[-1]) for plan in plans]).to(x)
-        return Problem(
-            x=x,
-            residual=cache.residual[index],
-            base=cache.base[index] + self.neurons.output(plain.flatten(0, 1)).view_as(plain),
-            labels=labels,
-            required=required,
-            memory=seen(self.memory),
-            held=seen(self.held),
-            mates=seen(cache.x[self._tensor(mates)]),
-            foreign=foreign.view(len(plans), len(mates)).bool(),
-            # The pre-activation starts at exactly 1 on the row it is made from (Transformer-Patcher, appendix).
-            keys=first / first.square().sum(-1, keepdim=True),
-            bias=x.new_zeros(len(plans), neurons),
-            values=values,
-        )
 
     def finish(self) -> Product:
         """Statuses, messages and the final neurons, ordered by edit."""
         everything = sorted(self.accepted + self.spared)
-        wrong = {edit: self.wrong_languages(edit, found) for edit, found in self._answers(everything)}
-        status = {edit: "lost" if wrong[edit] else "already-right" for edit in self.spared}
-        for edit in self.accepted:
-            status[edit] = "edited" if not wrong[edit] else "lost" if edit in self.once_right else "failed"
+        status, why = self._verdicts(everything)
         if not self.config.keep_failed:
-            self.neurons.drop(self._tensor([edit for edit in self.accepted if status[edit] == "failed"]))
+            self._drop_failed(status)
+        if self.task.decoding is not None:
+            self._listen(everything, status, why)
         self.neurons.sort()
         rows: dict[int, list[int]] = {}
         for row, owner in enumerate(self.neurons.owner.tolist()):
             rows.setdefault(owner, []).append(row)
         outcomes = [
             Outcome(
-                status=status[edit],  # type: ignore[arg-type]
-                message=self._message(edit, status[edit], wrong[edit]),
+                status=status[edit],
+                message=self._message(edit, status[edit], why[edit]),
                 rows={PART: tuple(rows[edit])} if edit in rows else {},
                 seconds=self.seconds[edit],
             )
@@ -239,52 +185,58 @@ class _Run:
         )
         return Product({PART: part} if len(part.bias) else {}, outcomes)
 
-    def _message(self, edit: int, status: str, wrong: list[str]) -> str:
+    def _verdicts(self, edits: list[int]) -> tuple[dict[int, EditStatus], dict[int, str]]:
+        """Each edit's status by its rows, and the languages in which it is wrong."""
+        wrong = {edit: self.plans[edit].wrong_languages(found) for edit, found in self.answers(edits)}
+        status: dict[int, EditStatus] = {edit: "lost" if wrong[edit] else "already-right" for edit in self.spared}
+        for edit in self.accepted:
+            status[edit] = "edited" if not wrong[edit] else "lost" if edit in self.once_right else "failed"
+        return status, {
+            edit: f"wrong in {', '.join(languages)}" if languages else "" for edit, languages in wrong.items()
+        }
+
+    def _drop_failed(self, status: Mapping[int, str]) -> bool:
+        """Forget the neurons of edits that failed; whether there were any."""
+        before = len(self.neurons.keys)
+        self.neurons.drop(self.tensor([edit for edit in self.accepted if status[edit] == "failed"]))
+        return len(self.neurons.keys) < before
+
+    def _listen(self, edits: list[int], status: dict[int, EditStatus], why: dict[int, str]) -> None:
+        """Believe a language model's edit only where greedy decoding, with all neurons there are, says the target.
+
+        Neurons of edits that fail at this are forgotten (unless failed ones are kept), after which the others are asked again.
+        """
+        assert self.task.decoding is not None
+        failed = {edit for edit in edits if status[edit] == "failed"}
+        while True:
+            now, reasons = self._verdicts(edits)
+            heard = {edit: now[edit] for edit in edits if edit not in failed}
+            status.update(heard)
+            why.update({edit: reasons[edit] for edit in heard})
+            asked = [(edit, wording) for edit in heard if status[edit] != "lost" for wording in self.plans[edit].chosen]
+            said = self.task.decoding.instead([wording for _, wording in asked], self.neurons.output)
+            for (edit, wording), instead in zip(asked, said, strict=True):
+                if instead is not None:
+                    status[edit] = "failed"
+                    why[edit] = (
+                        f"right token by token, but greedy decoding says {shorten(repr(instead))} in {wording.language}"
+                    )
+            failed = {edit for edit in edits if status[edit] == "failed"}
+            if self.config.keep_failed or not self._drop_failed(status):
+                return
+
+    def _message(self, edit: int, status: str, why: str) -> str:
         plan = self.plans[edit]
         languages = ", ".join(wording.language for wording in plan.chosen)
+        heard = ", greedy decoding says the target" if self.task.decoding is not None else ""
         cut = " (text cut at the model's length limit)" if any(row in self.task.cache.cut for row in plan.rows) else ""
         said = {
-            "already-right": f"right in {languages} before editing",
-            "edited": f"right in {languages}",
-            "lost": f"was right, but not beside the other edits: wrong in {', '.join(wrong)}",
-            "failed": f"still wrong in {', '.join(wrong)}",
+            "already-right": f"right in {languages} before editing{heard}",
+            "edited": f"right in {languages}{heard}",
+            "lost": f"was right, but not beside the other edits: {why}",
+            "failed": f"still {why}" if why.startswith("wrong") else why,
         }
         return said[status] + cut
-
-    def _plan(self, edit: Edit, sampler: Sampler, method: str) -> _Plan:
-        chosen = sampler(edit, self.task.rng(method, "languages", edit.request.id))
-        languages = {wording.language for wording in chosen}
-        extra = [w for w in edit.rephrases if w.language in languages] if self.config.rephrases else []
-        wordings = [*chosen, *extra]
-        rows = self.task.cache.want(wording.probe for wording in wordings)
-        labels = tuple(wording.label for wording in wordings)
-        return _Plan(edit, chosen, tuple(rows), labels, len(chosen), tuple(self.task.cache.want(edit.negatives)))
-
-    def _memory_rows(self) -> list[int]:
-        languages = {plan.edit.versions[0].language for plan in self.plans}
-        own = self.config.memory_languages == "own" and any(language in languages for language in self.task.memory)
-        probes = [p for language, texts in self.task.memory.items() if not own or language in languages for p in texts]
-        self.task.rng("memory").shuffle(probes)
-        edited = {row for plan in self.plans for row in plan.rows}
-        known = {
-            (p.text, p.text_pair)
-            for plan in self.plans
-            for w in (*plan.edit.versions, *plan.edit.rephrases)
-            for p in [w.probe]
-        }
-        kept = [p for p in probes if (p.text, p.text_pair) not in known][: self.config.memory_rows]
-        return [row for row in dict.fromkeys(self.task.cache.want(kept)) if row not in edited]
-
-    @staticmethod
-    def _sides(plans: list[_Plan]) -> list[tuple[set[int], set[int]]]:
-        return [(set(plan.rows), set(plan.negatives)) for plan in plans]
-
-    def _noise(self, plan: _Plan, neurons: int, turn: int, width: int) -> torch.Tensor:
-        return torch.randn(neurons, width, generator=self.task.generator("values", plan.edit.request.id, str(turn)))
-
-    def _tensor(self, values: object) -> torch.Tensor:
-        made = torch.tensor(values, device=self.device)
-        return made if made.numel() else made.long()
 
 
 def _activation(task: Task, config: NeuronConfig) -> str:
@@ -304,10 +256,12 @@ register(
             title="Transformer-Patcher",
             paper="Huang et al. 2023, Transformer-Patcher: One Mistake Worth One Neuron, ICLR",
             url="https://arxiv.org/abs/2301.09785",
-            edits="sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2), single texts and pairs; the edit's own language",
+            edits=EDITS + "the edit's own language",
             separable=True,
+            models=MODELS,
         ),
         PRESETS,
         own_language,
+        LM_PRESETS,
     )
 )

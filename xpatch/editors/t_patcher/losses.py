@@ -9,16 +9,22 @@ import torch
 from torch.nn import functional as F
 
 
-def task_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, penalty: float) -> torch.Tensor:
+def task_loss(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, penalty: float, smoothing: float = 0.0
+) -> torch.Tensor:
     """Cross entropy minus `penalty` times the entropy of the prediction (the confidence penalty of the base's training).
 
     logits `[E, R, C]`, labels `[E, R]`, weights `[E, R]` (rows of weight 0 do not count). For two classes this equals the
     reference's binary form: the softmax over two logits is the sigmoid of their difference, with the same entropy.
+    smoothing: the share of the label's weight that all classes get evenly (label smoothing, as for BART).
     """
     log_p = F.log_softmax(logits, dim=-1)
     cross = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    return ((cross - penalty * entropy) * weights).sum(-1) / weights.sum(-1)
+    if smoothing:
+        cross = (1 - smoothing) * cross - smoothing * log_p.mean(-1)
+    if penalty:
+        cross = cross - penalty * -(log_p.exp() * log_p).sum(-1)
+    return (cross * weights).sum(-1) / weights.sum(-1)
 
 
 def activation_loss(z: torch.Tensor, top: int = 5) -> torch.Tensor:

@@ -30,6 +30,9 @@ class Problem:
     sampled; mates `[M', D]` are rows of other edits and of single edits' locality probes, foreign `[E, M']` is true where a mate must
     stay silent for the edit. held `[V, D]`: memory kept for the stopping rule.
     keys, bias, values: initial neurons `[E, P, D]`, `[E, P]`, `[E, P, D]` (`values` before amplification).
+    For language models, where each token has a row: weights `[E, R]` of the rows (0 where one is repeated); acting `[E, R, P]`: the neurons
+    that must fire at a row; acts `[E, A]`: the rows where some must, repeated in turn. None: rows weigh what `copies` makes of
+    them, and each must make some neuron fire.
     """
 
     x: torch.Tensor
@@ -44,11 +47,22 @@ class Problem:
     keys: torch.Tensor
     bias: torch.Tensor
     values: torch.Tensor
+    weights: torch.Tensor | None = None
+    acting: torch.Tensor | None = None
+    acts: torch.Tensor | None = None
 
     def narrow(self, keep: torch.Tensor) -> Problem:
         """The problem of some of the edits."""
-        per_edit = ("x", "residual", "base", "labels", "required", "foreign", "keys", "bias", "values")
-        return Problem(**{name: value[keep] if name in per_edit else value for name, value in vars(self).items()})
+        shared = ("memory", "held", "mates")
+        return Problem(
+            **{name: value if name in shared or value is None else value[keep] for name, value in vars(self).items()}
+        )
+
+    def own(self, z: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The pre-activations `[E, A]` that must be high, of z `[E, R, P]`; rows: each row as often as `copies` makes it stand."""
+        if self.acting is None or self.acts is None:
+            return z.amax(-1)[:, rows]
+        return z.masked_fill(~self.acting, float("-inf")).amax(-1).gather(1, self.acts)
 
 
 class _Adam:
@@ -121,8 +135,9 @@ def train(
             p.requires_grad_(True)
         keys, bias, u, a = parameters
         logits, z = logits_of(problem, tail, activation, keys, bias, u * a)
-        own = z.amax(-1)[:, rows]
-        loss = task_loss(logits, problem.labels, weights[: len(alive)], config.confidence_penalty)
+        own = problem.own(z, rows)
+        weigh = weights[: len(alive)] if problem.weights is None else problem.weights
+        loss = task_loss(logits, problem.labels, weigh, config.confidence_penalty, config.label_smoothing)
         loss = loss + config.activation_weight * activation_loss(own, config.activation_top)
         silent = _others(problem, keys, bias, _draw(problem.memory, config.memory_per_step, generator))
         if silent.shape[1]:
@@ -133,7 +148,7 @@ def train(
         decay = 1 - (1 - config.learning_rate_end) * step / max(config.steps - 1, 1)
         adam.step(parameters, gradients, watch.rate * decay)
         if config.early_stop and (step + 1) % _CHECK_EVERY == 0:
-            stop = _check(problem, config, tail, activation, parameters, weights[: len(alive)], rows, watch, step + 1)
+            stop = _check(problem, config, tail, activation, parameters, weigh, rows, watch, step + 1)
             if stop.any():
                 _store(done, alive[stop], [p[stop] for p in parameters])
                 keep = ~stop
@@ -191,7 +206,7 @@ def _check(
     """Which edits stop here `[E]`; halves learning rates on a plateau (patience 1, relative threshold 0.05)."""
     keys, bias, u, a = parameters
     logits, z = logits_of(problem, tail, activation, keys, bias, u * a)
-    task = task_loss(logits, problem.labels, weights, config.confidence_penalty)
+    task = task_loss(logits, problem.labels, weights, config.confidence_penalty, config.label_smoothing)
     better = task < watch.best_task - 0.05 * watch.best_task.abs().nan_to_num(posinf=0.0)
     watch.best_task = torch.where(better, task, watch.best_task)
     watch.bad = torch.where(better, 0.0, watch.bad + 1)
@@ -201,7 +216,7 @@ def _check(
         return torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
     held = _others(problem, keys, bias, problem.held)
     memory = (
-        memory_loss(z.amax(-1)[:, rows], held, config.memory_top, config.memory_margin)
+        memory_loss(problem.own(z, rows), held, config.memory_top, config.memory_margin)
         if held.shape[1]
         else torch.zeros_like(task)
     )

@@ -1,0 +1,151 @@
+"""The rows of one edit call: what each edit is trained on, what must stay, what is answered now, and the problem of a chunk."""
+
+from __future__ import annotations
+
+import torch
+
+from xpatch.editors.t_patcher.config import NeuronConfig
+from xpatch.editors.t_patcher.coordinates import Coordinates
+from xpatch.editors.t_patcher.neurons import Neurons
+from xpatch.editors.t_patcher.plans import Plan, Slots
+from xpatch.editors.t_patcher.samplers import Sampler
+from xpatch.editors.t_patcher.train import Problem
+from xpatch.editors.task import Edit, Task
+
+LOGITS = 2**25  # at most so many at once: a language model has a vocabulary for each row
+MATES = 8192  # at most so many rows of other edits, where an edit has a row for each token
+
+
+class EditRows:
+    """Plans and memory as rows of the cache, and the neurons so far."""
+
+    def __init__(self, task: Task, config: NeuronConfig, activation: str, method: str, sampler: Sampler) -> None:
+        self.task, self.config, self.activation = task, config, activation
+        self.plans = [self._plan(edit, sampler, method) for edit in task.edits]
+        memory = self._memory_rows()
+        task.cache.fill(task.report)
+        self.device = task.cache.x.device
+        split = round(len(memory) * config.memory_validation) if config.early_stop else 0
+        rows = torch.tensor(memory, dtype=torch.long, device=self.device)
+        self.width = task.head.vocabulary if task.decoding is not None else task.head.labels
+        self.held, self.memory = task.cache.x[rows[:split]], task.cache.x[rows[split:]]
+        self.neurons = Neurons.none(task.cache.x.shape[1], self.activation, self.device)
+        self.accepted: list[int] = []  # edits with neurons, in the order they were taken up
+        self.slots: dict[int, Slots] = {}  # of a language model's edits
+
+    def answers(self, edits: list[int]) -> list[tuple[int, list[int]]]:
+        """What is answered at the required rows of each edit, with all neurons there are."""
+        if not edits:
+            return []
+        plans = [self.plans[edit] for edit in edits]
+        rows = torch.tensor([row for plan in plans for row in plan.rows[: plan.required]], device=self.device)
+        cache = self.task.cache
+        with torch.no_grad():
+            output = cache.base[rows] + self.neurons.output(cache.x[rows])
+            block = max(1, LOGITS // self.width)
+            pairs = zip(output.split(block), cache.residual[rows].split(block), strict=True)
+            answers = [answer for pair in pairs for answer in self.task.head.tail(*pair).argmax(-1).tolist()]
+        found, start = [], 0
+        for edit, plan in zip(edits, plans, strict=True):
+            found.append((edit, answers[start : start + plan.required]))
+            start += plan.required
+        return found
+
+    def problem(self, edits: list[int], neurons: int, turn: int, coordinates: Coordinates | None = None) -> Problem:
+        """Gather the cached rows of `edits`, in `coordinates`; base outputs hold what the current neurons add."""
+        cache, plans = self.task.cache, [self.plans[edit] for edit in edits]
+        width = max(len(plan.rows) for plan in plans)
+        index = self.tensor([[plan.rows[i % len(plan.rows)] for i in range(width)] for plan in plans])
+        labels = self.tensor([[plan.labels[i % len(plan.rows)] for i in range(width)] for plan in plans])
+        required = self.tensor([[i < plan.required for i in range(width)] for plan in plans])
+        seen = coordinates.forward if coordinates is not None else lambda x: x
+        plain = cache.x[index]
+        x = seen(plain)
+        # Rows of the accepted edits are memory for each other, an edit's locality probes for it alone; a text that two edits
+        # share is nobody's foreign row.
+        shared = {row for edit in self.accepted for row in self.plans[edit].rows}
+        if self.task.decoding is not None and len(shared) > MATES:
+            rng = self.task.rng("mates", *(plan.edit.request.id for plan in plans), str(turn))
+            shared = set(rng.sample(sorted(shared), MATES))
+        mates = sorted(shared.union(*(plan.negatives for plan in plans)))
+        foreign = self.tensor(
+            [
+                [row not in mine and (row in shared or row in spared) for row in mates]
+                for mine, spared in self._sides(plans)
+            ]
+        )
+        first = x[:, [number % width for number in range(neurons)]]
+        slots: dict[str, torch.Tensor] = {}
+        if self.task.decoding is not None:
+            anchors = [self.slots[edit].anchors for edit in edits]
+            places = self.tensor([[mine[number % len(mine)] for number in range(neurons)] for mine in anchors])
+            first = x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+            slots = self._slots(edits, neurons, width)
+        values = torch.stack([self._noise(plan, neurons, turn, x.shape[-1]) for plan in plans]).to(x)
+        return Problem(
+            x=x,
+            residual=cache.residual[index],
+            base=cache.base[index] + self.neurons.output(plain.flatten(0, 1)).view_as(plain),
+            labels=labels,
+            required=required,
+            memory=seen(self.memory),
+            held=seen(self.held),
+            mates=seen(cache.x[self.tensor(mates)]),
+            foreign=foreign.view(len(plans), len(mates)).bool(),
+            # The pre-activation starts at exactly 1 on the row it is made from (Transformer-Patcher, appendix).
+            keys=first / first.square().sum(-1, keepdim=True),
+            bias=x.new_zeros(len(plans), neurons),
+            values=values,
+            **slots,
+        )
+
+    def _slots(self, edits: list[int], neurons: int, width: int) -> dict[str, torch.Tensor]:
+        """Which neuron must fire at which row, and that each token of a text weighs the same (see `Problem`)."""
+        weights, acting, acts = [], [], []
+        for edit in edits:
+            plan, slots = self.plans[edit], self.slots[edit]
+            of = [*slots.of, *[None] * (width - len(plan.rows))]
+            count = len(slots.anchors)
+            weights.append([float(row < len(plan.rows)) for row in range(width)])
+            acting.append([[number % count == slot for number in range(neurons)] for slot in of])
+            acts.append([row for row, slot in enumerate(of) if slot is not None])
+        most = max(self.config.copies, *map(len, acts))
+        acts = [[mine[place % len(mine)] for place in range(most)] for mine in acts]
+        return {"weights": self.tensor(weights), "acting": self.tensor(acting), "acts": self.tensor(acts)}
+
+    def _plan(self, edit: Edit, sampler: Sampler, method: str) -> Plan:
+        chosen = sampler(edit, self.task.rng(method, "languages", edit.request.id))
+        languages = {wording.language for wording in chosen}
+        extra = [w for w in edit.rephrases if w.language in languages] if self.config.rephrases else []
+        asked = [self.task.cache.asked(wording) for wording in (*chosen, *extra)]
+        rows, labels = zip(*(pair for text in asked for pair in text), strict=True)
+        texts = tuple(number for number, text in enumerate(asked) for _ in text)
+        required = sum(map(len, asked[: len(chosen)]))
+        return Plan(edit, chosen, rows, labels, texts, required, tuple(self.task.cache.want(edit.negatives)))
+
+    def _memory_rows(self) -> list[int]:
+        languages = {plan.edit.versions[0].language for plan in self.plans}
+        own = self.config.memory_languages == "own" and any(language in languages for language in self.task.memory)
+        probes = [p for language, texts in self.task.memory.items() if not own or language in languages for p in texts]
+        self.task.rng("memory").shuffle(probes)
+        edited = {row for plan in self.plans for row in plan.rows}
+        known = {
+            (p.text, p.text_pair)
+            for plan in self.plans
+            for w in (*plan.edit.versions, *plan.edit.rephrases)
+            for p in [w.probe]
+        }
+        kept = [p for p in probes if (p.text, p.text_pair) not in known]
+        return [row for row in dict.fromkeys(self.task.cache.want(kept, self.config.memory_rows)) if row not in edited]
+
+    @staticmethod
+    def _sides(plans: list[Plan]) -> list[tuple[set[int], set[int]]]:
+        return [(set(plan.rows), set(plan.negatives)) for plan in plans]
+
+    def _noise(self, plan: Plan, neurons: int, turn: int, width: int) -> torch.Tensor:
+        return torch.randn(neurons, width, generator=self.task.generator("values", plan.edit.request.id, str(turn)))
+
+    def tensor(self, values: object) -> torch.Tensor:
+        """Numbers or truth values on the model's device; int64 where there are none."""
+        made = torch.tensor(values, device=self.device)
+        return made if made.numel() else made.long()
