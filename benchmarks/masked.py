@@ -23,7 +23,7 @@ from . import cache, machine, texts
 from .crosslingual import measure
 from .progress import Steps, steps
 from .protocol import Protocol, bundled
-from .trained_base import Base
+from .trained_base import Base, read_once
 from .trained_neurons import rows
 
 SEEDS = (0, 1, 2)
@@ -67,6 +67,7 @@ def run(
     """
     if model is None:
         model, tokenizer = zoo.load("verifier")
+        model = read_once(model)
     asked = bundled(edits, LOCALITY, split="validation") if protocol is None else protocol
     spared = texts.memory(asked.languages, MEMORY) if memory is None else memory
     folder = Path(work) if work else Path(out).with_suffix(".work") if out else None

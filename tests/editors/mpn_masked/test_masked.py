@@ -59,7 +59,9 @@ def test_edits_are_right_when_each_row_names_its_language(made: Any) -> None:
     assert len(edited) >= 3
     for request in requests:
         if request.id in edited:
-            found = logits(model, tokenizer, [request.versions[k].text for k in LANGUAGES], patches, languages=LANGUAGES)
+            found = logits(
+                model, tokenizer, [request.versions[k].text for k in LANGUAGES], patches, languages=LANGUAGES
+            )
             assert found.argmax(-1).tolist() == [model.config.label2id[request.target]] * 3
 
 
