@@ -1,159 +1,383 @@
-"""The neuron's activation: edits right and predictions unchanged against the number of patches, GELU and ReLU.
+"""The neuron's gate: edits right, unseen paraphrases, unchanged predictions and the leak of silent neurons, from 10 to 10 000 edits.
 
     python -m xpatch.benchmarks.activation --json results.json
 
-Everything but the activation is the default preset of `mpn`. A silent GELU neuron still adds GELU(-3) times its value; hundreds
-of them add up. A silent ReLU neuron adds nothing.
+A silent GELU neuron still adds GELU(z) times its value; the sum over thousands is the leak. A silent ReLU neuron adds nothing.
+Everything but the gate is equal: claims that need an edit, `mpn` with `SETTINGS`, trained in blocks that are put side by side
+(activation_blocks.py). Finished blocks are kept beside the result file; an interrupted run goes on where it stopped.
+`factors` tells the gate's part of MPN's gain over Transformer-Patcher from the sampler's: 2 x 2, each by the methods' own procedure.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import xpatch
-from xpatch import zoo
-from xpatch.evaluation import Estimate, Report, pool
+import numpy as np
+import torch
 
-from . import machine
-from .progress import steps
+from xpatch import EditRequest, zoo
+from xpatch.evaluation import label_names
+from xpatch.evaluation.bootstrap import estimate, tally
+
+from . import cache, machine, trained_neurons
+from .activation_blocks import Neurons, gathered, gathered_cases, many, other_subjects, trained
+from .activation_leak import Gate, Rows, added, answers, leak
+from .crosslingual import measure
+from .progress import Steps, steps
 from .protocol import Protocol, bundled
-from .rows import neurons
-from .svg import Line, Panel, lines
+from .svg import Line, Panel, curves, lines
+from .trained_base import SOURCES, Base, base
 
-COUNTS = (10, 30, 100, 300, None)  # None: every needed edit
-ACTIVATIONS = ("gelu", "relu")
+COUNTS = (10, 30, 100, 300, 1000, 3000, 10_000)
+# Gates that are trained, and those that a trained one is served through. GELU is 0 in fp32 below -5.54: a margin of 8 puts silent
+# neurons there in training, a shift of 2.6 does with the usual margin of 3.
+GATES: Mapping[str, Mapping[str, Any]] = {
+    "gelu": {"activation": "gelu"},
+    "relu": {"activation": "relu"},
+    "gelu-margin": {"activation": "gelu", "memory_margin": 8.0},
+}
+SERVED: Mapping[str, tuple[str, Gate]] = {
+    **{name: (name, Gate()) for name in GATES},
+    "gelu-shifted": ("gelu", Gate(shift=2.6)),
+    "gelu-cut": ("gelu", Gate(cut=True)),
+}
+NAMES = {
+    "gelu": "GELU, as the FFN",
+    "relu": "ReLU",
+    "gelu-margin": "GELU, trained with margin 8",
+    "gelu-shifted": "GELU, served at z - 2.6",
+    "gelu-cut": "GELU, silent neurons left out",
+}
+COLOURS = {"gelu": 1, "relu": 3, "gelu-margin": 2, "gelu-shifted": 4, "gelu-cut": 0}
+# Instead of the default preset's 600 steps on 6 000 memory rows and the two canonical wordings, so that 3 x 10 000 neurons take a
+# quarter of an hour on one core. Equal for all gates.
+SETTINGS: Mapping[str, Any] = {
+    "steps": 60, "memory_per_step": 1000, "memory_top": 200, "rounds": 1, "rescue": False, "rephrases": False,
+}  # fmt: skip
+FACTORS: Mapping[str, Any] = {"rephrases": True, "memory_languages": "all", "memory_rows": 12_000, "steps": 200}
+SAMPLE = 300  # edits measured at most, from the first N
+WIDE_BLOCKS = (1, 3, 8, 15)  # of `trained_neurons`, of 280 to 360 neurons each
 MEASURES = {
-    "edited": ("clg_needed_avg", "Edits right (%)"),
-    "unseen": ("clg_unseen_avg", "Unseen paraphrases right (%)"),
-    "unchanged": ("unchanged_avg", "Other subjects unchanged (%)"),
+    "edited": "Edits right (%)",
+    "unseen": "Unseen paraphrases right (%)",
+    "unchanged": "Other subjects unchanged (%)",
 }
 
 
 def run(
     out: str | Path | None = None,
     *,
-    counts: Sequence[int | None] = COUNTS,
-    activations: Sequence[str] = ACTIVATIONS,
-    seeds: Sequence[int] = (0,),
-    edits: int | None = None,
-    locality: int | None = None,
-    model: Any = None,
-    tokenizer: Any = None,
+    counts: Sequence[int] = COUNTS,
+    gates: Sequence[str] = tuple(SERVED),
+    wide_blocks: Sequence[int] = WIDE_BLOCKS,
+    seed: int = 0,
+    locality: int | None = 300,
+    factor_seeds: Sequence[int] = (0, 1, 2),
+    factor_edits: int | None = None,
+    source: Base | None = None,
     protocol: Protocol | None = None,
+    memory: Mapping[str, Sequence[Any]] | None = None,
+    work: str | Path | None = None,
     progress: bool | None = None,
     command: Sequence[str] | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Train the first 10, 30, ... needed edits (in a seeded order) with each activation and measure; returns JSON values.
+    """Measure the gates at each count, the kept neurons of width 768, and the 2 x 2; returns JSON values. With `out` the JSON and the
+    charts are written, anew after every count.
 
-    With `out` the JSON is written there and the chart beside it as SVG. The arguments are those of the cross-lingual benchmark.
+    wide_blocks: blocks of `trained_neurons` to look at, none leaves that part out; so does an empty factor_seeds for the 2 x 2, whose
+    claims factor_edits limits. source, protocol, memory: instead of the bundled verifier, its claims and its memory. overrides:
+    settings of `mpn` for all gates.
     """
-    if model is None:
-        model, tokenizer = zoo.load("verifier")
-    asked = bundled(edits, locality) if protocol is None else protocol
-    baseline = _evaluate(model, tokenizer, asked, None, None, None)
-    sizes = sorted({min(count or len(baseline.needed), len(baseline.needed)) for count in counts} - {0})
-    points = []
-    with steps(progress, len(sizes) * len(activations) * len(seeds)) as step:
-        for size in sizes:
-            for activation in activations:
-                reports, found = [], 0
-                for seed in seeds:
-                    step.begin(f"{activation}, {size} edits, seed {seed}")
-                    chosen = set(_order(baseline.needed, seed)[:size])
-                    requests = [request for request in asked.requests if request.id in chosen]
-                    patches = xpatch.edit(
-                        model, tokenizer, requests, method="mpn", seed=seed, progress=step.report,
-                        **{**overrides, "activation": activation},
-                    )  # fmt: skip
-                    reports.append(_evaluate(model, tokenizer, asked, patches, chosen, baseline))
-                    found += neurons(patches)
-                    step.end()
-                metrics = pool(reports)
+    folder = Path(work) if work else Path(out).with_suffix(".work") if out else None
+    settings = {**SETTINGS, **overrides}
+    points: list[dict[str, Any]] = []
+    result: dict[str, Any] = {
+        "benchmark": "activation", "unit": "percent", "header": machine.header([seed], command), "settings": settings,
+        "factor_settings": dict(FACTORS), "points": points, "factors": [],
+    }  # fmt: skip
+
+    def keep() -> None:
+        result["growth"] = growth(points)
+        if out is not None and points:
+            save(result, Path(out))
+
+    with steps(progress, len(counts) + len(wide_blocks) + 4 * len(factor_seeds)) as bar:
+        chosen = source or base("verifier")
+        key = trained_neurons.key(chosen, [settings, seed])
+        place = None if folder is None else folder / f"verifier-{key}"
+        store = None if place is None else place / "needed.txt"
+        claims = protocol or many(chosen, max(counts), locality, seed, store, bar.report)
+        result["protocol"] = {
+            name: value for name, value in claims.describe().items() if name not in ("rules", "edit_set")
+        }
+        samples = {count: [claims.cases[i] for i in _sample(count, seed)] for count in counts}
+        measured = _Measured(chosen, samples, claims)
+        for count in counts:  # all gates up to a count before any goes on: what is there can be compared
+            bar.begin(f"{count} edits")
+            for gate in gates:
+                trains, served = SERVED[gate]
+                neurons = trained(
+                    chosen, claims.requests, count, {**settings, **GATES[trains]}, seed,
+                    None if place is None else place / trains, memory=memory, report=bar.report,
+                ).first(count)  # fmt: skip
                 points.append(
-                    {
-                        "activation": activation,
-                        "edits": size,
-                        "patches": round(found / len(seeds), 1),
-                        **{name: _numbers(getattr(metrics, field)) for name, (field, _) in MEASURES.items()},
-                    }
+                    {"source": "verifier", "gate": gate, "edits": count, **measured.at(neurons, count, served)}
                 )
-    result = {
-        "benchmark": "activation",
-        "unit": "percent",
-        "header": machine.header(seeds, command),
-        "protocol": asked.describe(),
-        "overrides": overrides,
-        "points": points,
-    }
-    if out is not None:
-        path = Path(out)
-        machine.write_json(result, path)
-        machine.write_text(chart(result), path.with_suffix(".svg"))
+            bar.end()
+            keep()
+        if wide_blocks:
+            points += wide(wide_blocks, seed, locality, bar)
+            keep()
+        if factor_seeds:
+            result["factors"] = two_by_two(factor_seeds, factor_edits, locality, source, protocol, folder, bar)
+            keep()
     return result
 
 
-def chart(result: dict[str, Any]) -> str:
-    """The result as one SVG: a panel a measure, a curve an activation."""
-    activations = list(dict.fromkeys(point["activation"] for point in result["points"]))
+def wide(blocks: Sequence[int], seed: int, locality: int | None, bar: Steps) -> list[dict[str, Any]]:
+    """The neurons every kernel benchmark is timed on: D = 768, the presets `paper` (GELU) and `default` (ReLU) of `mpn`.
+
+    They differ in more than the gate: this tells how the leak grows at BERT-base's width, not which gate is better.
+    """
+    chosen = base("wide", 1, bar.report, trained_neurons.FOLDER)
+    samples = {number: gathered_cases(chosen, number, seed, 2 * SAMPLE) for number in blocks}
+    edited = {version.text for cases in samples.values() for case in cases for version in case.versions.values()}
+    parts, groups = other_subjects(chosen, edited, locality)
+    measured = _Measured(chosen, samples, Protocol([], samples[blocks[-1]], parts["train"], parts["test"], groups))
+    found = []
+    for number in blocks:
+        bar.begin(f"D = 768, {number} blocks")
+        for preset, gate in (("paper", "gelu"), ("default", "relu")):
+            neurons = gathered(chosen, preset, number, seed, trained_neurons.FOLDER, bar.report)
+            served = (gate, "gelu-shifted", "gelu-cut") if gate == "gelu" else (gate,)
+            for name in served:
+                found.append(
+                    {
+                        "source": "wide",
+                        "gate": name,
+                        "edits": len(neurons.bias),
+                        **measured.at(neurons, number, SERVED[name][1]),
+                    }
+                )
+        bar.end()
+    return found
+
+
+def save(result: Mapping[str, Any], path: Path) -> None:
+    """The JSON, and beside it a chart of the measures (.svg) and one of the leak (_leak.svg)."""
+    machine.write_json(result, path)
+    machine.write_text(chart(result), path.with_suffix(".svg"))
+    machine.write_text(leak_chart(result), path.with_name(path.stem + "_leak.svg"))
+
+
+class _Measured:
+    """One classifier's texts, read once: the edits to ask at every count, and the locality claims."""
+
+    def __init__(self, chosen: Base, samples: Mapping[int, Sequence[EditRequest]], protocol: Protocol) -> None:
+        self.base, self.languages = chosen, protocol.languages
+        self.samples = {count: [case.id for case in found] for count, found in samples.items()}
+        cases = {case.id: case for found in samples.values() for case in found}
+        gold = {name: index for index, name in enumerate(label_names(chosen.model))}
+        self.labels = {name: gold[str(case.target)] for name, case in cases.items()}
+        words: list[str] = []
+        self.place: dict[tuple[str, str], list[int]] = {}  # canonical first, then unseen paraphrases
+        for name, case in cases.items():
+            for language in self.languages:
+                version = case.versions[language]
+                found = [version.text, *(probe.text for probe in version.rephrases)]
+                self.place[name, language] = list(range(len(words), len(words) + len(found)))
+                words += found
+        self.edits = Rows.read(chosen, words)
+        kinds = (("train", protocol.locality_train), ("test", protocol.locality_test))
+        others = [(k, kind, i, probe.text) for kind, found in kinds for k in found for i, probe in enumerate(found[k])]
+        self.others = Rows.read(chosen, [text for *_, text in others])
+        self.spoken = [language for language, *_ in others]
+        self.groups = [protocol.groups[kind][i] for _, kind, i, _ in others]
+        self.before = answers(chosen, self.others)
+
+    def at(self, neurons: Neurons, count: int, gate: Gate) -> dict[str, Any]:
+        """Measures with the neurons of the first `count` edits."""
+        picked = self.samples[count]
+        keys = [(i, language) for i in picked for language in self.languages]
+        index = torch.tensor([row for key in keys for row in self.place[key]])
+        own = self.edits.take(index)
+        more = added(neurons, own.x, gate)
+        found = answers(self.base, own, more.loud + more.silent).tolist()
+        right: dict[str, dict[str, tuple[list[str], list[bool]]]] = {"edited": {}, "unseen": {}}
+        row = 0
+        for i, language in keys:
+            for number in range(len(self.place[i, language])):
+                names, flags = right["unseen" if number else "edited"].setdefault(language, ([], []))
+                names.append(i)
+                flags.append(found[row] == self.labels[i])
+                row += 1
+        other = added(neurons, self.others.x, gate)
+        after = answers(self.base, self.others, other.loud + other.silent)
+        leaked = answers(self.base, self.others, other.silent)
+        same: dict[str, tuple[list[str], list[bool]]] = {}
+        for language, group, was, now in zip(
+            self.spoken, self.groups, self.before.tolist(), after.tolist(), strict=True
+        ):
+            names, flags = same.setdefault(language, ([], []))
+            names.append(group)
+            flags.append(was == now)
+        return {
+            "patches": len(neurons.bias),
+            **{name: _estimate(part) for name, part in right.items()},
+            "unchanged": _estimate(same),
+            "by_language": {
+                name: {k: round(100 * float(np.mean(v[1])), 2) for k, v in part.items()}
+                for name, part in (*right.items(), ("unchanged", same))
+            },
+            "leak": leak(self.others, other),
+            "leak_on_edits": leak(own, more),
+            "changed_by_leak_alone": round(100 * float((leaked != self.before).float().mean()), 3),
+        }
+
+
+def two_by_two(
+    seeds: Sequence[int], edits: int | None, locality: int | None, source: Base | None, protocol: Protocol | None,
+    folder: Path | None, bar: Steps,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Sampler (own language, all) x gate (GELU, ReLU) on the bundled edit set, over the same claims: those wrong in any language."""
+    model, tokenizer = (source.model, source.tokenizer) if source else zoo.load("verifier")
+    asked = bundled(edits, locality) if protocol is None else protocol
+    cells, baseline = [], None
+    for sampler, method in (("own", "t-patcher"), ("all", "mpn")):
+        for gate in ("gelu", "relu"):
+            runs = []
+            for seed in seeds:
+                bar.begin(f"sampler {sampler}, gate {gate}, seed {seed}")
+                chosen = {**FACTORS, "activation": gate}
+                key = cache.key(model, asked, chosen)[:16]
+                store = None if folder is None else folder / f"{method}-{gate}-{seed}-{key}.json.gz"
+                kept = cache.load(store)
+                if kept is None:
+                    row, report, _ = measure(model, tokenizer, asked, method, "default", seed, baseline, bar, **chosen)
+                    cache.keep(store, row, report)
+                else:
+                    row, report = kept
+                baseline = baseline or report
+                runs.append(row)
+                bar.end()
+            wanted = ("clg_needed_any_avg", "clg_unseen_any_avg", "unchanged_avg", "patches")
+            by = ("clg_needed_any", "clg_unseen_any", "unchanged")
+            cells.append(
+                {
+                    "sampler": sampler,
+                    "gate": gate,
+                    **{name: _spread([row[name] for row in runs]) for name in wanted},
+                    **{name: {k: _spread([row[name][k] for row in runs]) for k in runs[0][name]} for name in by},
+                }
+            )
+    return cells
+
+
+def growth(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Exponent of the leak's growth with N (least squares on logarithms, from 100 patches on), per source and gate."""
+    found = []
+    for source, gate in dict.fromkeys((p["source"], p["gate"]) for p in points):
+        mine = [p for p in points if (p["source"], p["gate"]) == (source, gate) and p["patches"] >= 100]
+        line = {"source": source, "gate": gate}
+        for name in ("median", "apart"):
+            pairs = [(math.log(p["patches"]), math.log(p["leak"][name])) for p in mine if p["leak"][name] > 0]
+            line[name] = round(float(np.polyfit(*zip(*pairs, strict=True), 1)[0]), 2) if len(pairs) > 1 else None
+        found.append(line)
+    return found
+
+
+def chart(result: Mapping[str, Any]) -> str:
+    """The measures on the verifier as one SVG: a panel a measure, a curve a gate."""
+    points = [point for point in result["points"] if point["source"] == "verifier"]
     panels = [
         Panel(
             title.removesuffix(" (%)"),
             [
                 Line(
-                    {"gelu": "GELU, as the FFN", "relu": "ReLU"}.get(activation, activation),
-                    [
-                        (point["edits"], *point[name])
-                        for point in result["points"]
-                        if point["activation"] == activation and point[name]
-                    ],
-                    colour={"gelu": 1, "relu": 4}.get(activation, i),
+                    NAMES[gate],
+                    [(p["edits"], *p[name]) for p in points if p["gate"] == gate and p[name]],
+                    colour=COLOURS[gate],
                 )
-                for i, activation in enumerate(activations)
+                for gate in dict.fromkeys(point["gate"] for point in points)
             ],
         )
-        for name, (_, title) in MEASURES.items()
+        for name, title in MEASURES.items()
     ]
-    return lines(
-        "MPN (all) with a GELU and with a ReLU gate, against the number of edits",
-        panels,
-        "edits in place",
-        "%, with 95 % bootstrap intervals (cut at the scale)",
-    )
+    note = "%, with 95 % bootstrap intervals (cut at the scale)"
+    return lines("MPN (all) with different gates, against the number of edits", panels, "edits in place", note)
 
 
-def _evaluate(
-    model: Any, tokenizer: Any, asked: Protocol, patches: Any, needed: set[str] | None, baseline: Report | None
-) -> Report:
-    return xpatch.evaluate(
-        model, tokenizer, asked.cases, patches, locality_train=asked.locality_train, locality_test=asked.locality_test,
-        locality_groups=asked.groups, needed=needed, baseline=baseline,
-    )  # fmt: skip
+def leak_chart(result: Mapping[str, Any]) -> str:
+    """The leak against the number of edits, a panel a source; bars reach from the median to the 99 % quantile of the rows."""
+    panels = []
+    for source in dict.fromkeys(point["source"] for point in result["points"]):
+        mine = [p for p in result["points"] if p["source"] == source and p["leak"]["median"] > 1e-6]
+        found = []
+        for gate in dict.fromkeys(p["gate"] for p in mine):
+            own = [
+                (p["edits"], *(p["leak"][k] for k in ("median", "median", "p99"))) for p in mine if p["gate"] == gate
+            ]
+            found.append(Line(NAMES[gate], own, colour=COLOURS[gate]))
+        panels.append(Panel(f"{source}, D = {SOURCES.get(source, '')}", found))
+    title = "What silent neurons add, as a share of the FFN's own output"
+    note = "median over claims about other subjects; bars up to the 99 % quantile; gates that add nothing are not shown"
+    return curves(title, panels, "edits in place", "of the FFN's output", note)
 
 
-def _order(ids: Sequence[str], seed: int) -> list[str]:
-    return random.Random(seed).sample(list(ids), len(ids))
+def _sample(count: int, seed: int) -> list[int]:
+    return sorted(random.Random(f"sample:{seed}:{count}").sample(range(count), min(SAMPLE, count)))
 
 
-def _numbers(estimate: Estimate | None) -> list[float] | None:
-    return None if estimate is None else [round(100 * x, 2) for x in (estimate.value, estimate.low, estimate.high)]
+def _estimate(found: Mapping[str, tuple[list[str], list[bool]]]) -> list[float] | None:
+    if not found:
+        return None
+    made = estimate([tally(names, np.array(flags)) for names, flags in found.values()])
+    return [round(100 * x, 2) for x in (made.value, made.low, made.high)]
 
 
-def main() -> None:
+def _spread(found: Sequence[float]) -> list[float]:
+    """Mean and standard deviation over seeds."""
+    return [round(float(np.mean(found)), 2), round(float(np.std(found, ddof=1)), 2) if len(found) > 1 else 0.0]
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Points and the 2 x 2 as Markdown."""
+    rows = ["| source | gate | edits | patches | edited | unseen | unchanged | leak | p99 | apart | changed by leak |"]
+    rows.append("|---" * 11 + "|")
+    for p in result["points"]:
+        shares = " | ".join(f"{p[name][0]:.1f}" for name in MEASURES)
+        rows.append(
+            f"| {p['source']} | {p['gate']} | {p['edits']} | {p['patches']} | {shares} | {p['leak']['median']:.2e} | "
+            f"{p['leak']['p99']:.2e} | {p['leak']['apart']:.2e} | {p['changed_by_leak_alone']} |"
+        )
+    for cell in result["factors"]:
+        rows.append(json.dumps({k: v for k, v in cell.items() if not isinstance(v, dict)}))
+    return "\n".join(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line of `python -m xpatch.benchmarks.activation`."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m xpatch.benchmarks.activation", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--edits", type=int)
-    parser.add_argument("--locality", type=int)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, help="instead of the preset's")
-    found = parser.parse_args()
-    overrides = {} if found.steps is None else {"steps": found.steps}
-    run(found.json, edits=found.edits, locality=found.locality, seeds=found.seeds, **overrides)
+    parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
+    parser.add_argument("--wide-blocks", type=int, nargs="*", default=list(WIDE_BLOCKS))
+    parser.add_argument("--locality", type=int, default=300)
+    parser.add_argument("--factor-seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
+    parser.add_argument("--seed", type=int, default=0)
+    found = parser.parse_args(argv)
+    result = run(
+        found.json, counts=found.counts, wide_blocks=found.wide_blocks, seed=found.seed, locality=found.locality,
+        factor_seeds=found.factor_seeds, steps=found.steps,
+    )  # fmt: skip
+    print(table(result))
 
 
 if __name__ == "__main__":

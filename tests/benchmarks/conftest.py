@@ -86,6 +86,6 @@ def quick(monkeypatch, protocol):
     def hurried(model, tokenizer, requests, **settings):
         texts = {language: [probe.text for probe in probes] for language, probes in protocol.locality_train.items()}
         steps = {} if settings["method"] == "ft" else {"steps": 3}
-        return edit(model, tokenizer, requests, memory=texts, **{**steps, **settings})
+        return edit(model, tokenizer, requests, **{"memory": texts, **steps, **settings})
 
     monkeypatch.setattr(xpatch, "edit", hurried)

@@ -139,4 +139,10 @@ def memory(pair: bool = False) -> dict[str, list[Any]]:
 
 # Random models tell texts apart far less than trained ones: bigger steps, and less weight on what must stay.
 _NEURONS = {"steps": 400, "learning_rate": 0.05, "memory_weight": 0.5}
-QUICK = {"mpn": _NEURONS, "mpn-only": _NEURONS, "t-patcher": _NEURONS, "ft": {"learning_rate": 1e-3, "steps": 100}}
+QUICK = {
+    "mpn": _NEURONS,
+    "mpn-masked": {**_NEURONS, "mask_least": 2, "mask_steps": 30},
+    "mpn-only": _NEURONS,
+    "t-patcher": _NEURONS,
+    "ft": {"learning_rate": 1e-3, "steps": 100},
+}

@@ -21,7 +21,12 @@ from xpatch.patches.identity import identify
 from xpatch.patches.requests import EditRequest, as_requests
 from xpatch.patches.types import EditRecord, PatchSet
 
-_MODULES = ("xpatch.editors.ft.editor", "xpatch.editors.t_patcher.editor", "xpatch.editors.mpn.editor")
+_MODULES = (
+    "xpatch.editors.ft.editor",
+    "xpatch.editors.t_patcher.editor",
+    "xpatch.editors.mpn.editor",
+    "xpatch.editors.mpn_masked.editor",
+)
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ def edit(
         )
         for request, outcome in zip(parsed, outcomes, strict=True)
     )
-    return PatchSet(parts=product.parts, edits=records, base=base)
+    return PatchSet(parts=product.parts, edits=records, masks=product.masks, base=base)
 
 
 def _presets_for(editor: Editor, kind: SubjectKind, model: Any) -> Mapping[str, Config]:

@@ -12,7 +12,7 @@ import torch
 from xpatch.editors.cache import FeatureCache
 from xpatch.editors.progress import Report
 from xpatch.patches.requests import EditRequest, Probe
-from xpatch.patches.types import EditStatus, Part
+from xpatch.patches.types import EditStatus, LanguageMask, Part
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Product:
-    """An editor's result: parts by name and one outcome per edit, in order."""
+    """An editor's result: parts by name, one outcome per edit, in order, and the language masks that parts name."""
 
     parts: Mapping[str, Part]
     outcomes: Sequence[Outcome]
+    masks: Mapping[str, LanguageMask] = field(default_factory=dict)

@@ -14,6 +14,7 @@ import torch
 
 from xpatch.errors import MismatchError
 from xpatch.patches.requests import Probe
+from xpatch.runtime.routing import rows as choose
 
 
 def predict(model: Any, tokenizer: Any, probes: Sequence[Probe | str], *, batch_size: int = 256) -> list[str]:
@@ -26,13 +27,22 @@ def predict(model: Any, tokenizer: Any, probes: Sequence[Probe | str], *, batch_
     return [names[index] for index in predict_indices(model, tokenizer, probes, batch_size=batch_size)]
 
 
-def predict_indices(model: Any, tokenizer: Any, probes: Sequence[Probe | str], *, batch_size: int = 256) -> np.ndarray:
-    """As `predict`, but class indices: int64 `[len(probes)]`."""
+def predict_indices(
+    model: Any,
+    tokenizer: Any,
+    probes: Sequence[Probe | str],
+    *,
+    languages: Sequence[str] | None = None,
+    batch_size: int = 256,
+) -> np.ndarray:
+    """As `predict`, but class indices: int64 `[len(probes)]`. languages: one per probe, for patches behind language masks."""
     label_names(model)
     found = np.zeros(len(probes), dtype=np.int64)
     with _evaluating(model), torch.no_grad():
         for rows, inputs in batches(model, tokenizer, probes, batch_size=batch_size):
-            logits = getattr(model(**inputs), "logits", None)
+            spoken = contextlib.nullcontext() if languages is None else choose(languages=[languages[i] for i in rows])
+            with spoken:
+                logits = getattr(model(**inputs), "logits", None)
             if logits is None or logits.ndim != 2:
                 raise MismatchError(
                     f"{type(model).__name__} gives {'no logits' if logits is None else f'logits of shape {tuple(logits.shape)}'}; "

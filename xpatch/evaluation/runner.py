@@ -63,8 +63,10 @@ def evaluate(
 
     if isinstance(patches, (str, Path)):
         patches = api.load(patches)
+    # Each text is asked in its language where masks hang on it; elsewhere a call that names none is the plainer one.
+    spoken = [question.language for question in questions] if patches is not None and patches.masks else None
     with _applied(api, model, tokenizer, patches):
-        after = predict_indices(model, tokenizer, probes, batch_size=batch_size)
+        after = predict_indices(model, tokenizer, probes, languages=spoken, batch_size=batch_size)
         if baseline is None:
             with api.disabled(model):
                 before = predict_indices(model, tokenizer, probes, batch_size=batch_size).tolist()
