@@ -21,7 +21,10 @@ from xpatch.patches.identity import identify
 from xpatch.patches.requests import EditRequest, as_requests
 from xpatch.patches.types import EditRecord, PatchSet
 
-_MODULES = ("xpatch.editors.ft.editor", "xpatch.editors.t_patcher.editor", "xpatch.editors.mpn.editor")
+_MODULES = (
+    "xpatch.editors.ft.editor", "xpatch.editors.t_patcher.editor", "xpatch.editors.mpn.editor",
+    "xpatch.editors.ke.editor", "xpatch.editors.mend.editor", "xpatch.editors.lime.editor",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,10 @@ def edit(
             cache=FeatureCache(model, tokenizer, head.site),
             seed=seed,
             report=report,
+            tokenizer=tokenizer,
         )
         product = editor.edit(task, config)
-        base = identify(model, tokenizer, site=head.site.name)
+        base = identify(model, tokenizer, site=[head.site.name, *(part.site for part in product.parts.values())])
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     settings = {"preset": preset, **config.model_dump()}
     records = tuple(

@@ -50,6 +50,7 @@ class Task:
     cache: FeatureCache
     seed: int
     report: Report
+    tokenizer: Any = None
 
     def rng(self, *salt: str) -> random.Random:
         """A random stream of its own for one purpose: the same whatever else is edited in the call."""
