@@ -104,7 +104,9 @@ def train_editor(
     requests = as_requests(data)
     held = None if validation is None else as_requests(validation)
     digest = _digest(requests, held, locality)
-    train, kept = _split(as_examples(requests, labels), None if held is None else as_examples(held, labels), config, seed)
+    train, kept = _split(
+        as_examples(requests, labels), None if held is None else as_examples(held, labels), config, seed
+    )
     extra = _locality(locality)
     sampler = Sampler(train, extra, config, seed)
     judge = Sampler(kept, extra, config, seed + 1)
