@@ -41,9 +41,11 @@ HELD = 0.12  # share of the training subjects that choose the best checkpoint
 def training_requests() -> tuple[list[EditRequest], list[EditRequest]]:
     """(training, held out for choosing the checkpoint): claims about the verifier's classification facts, in six languages.
 
-    The two share no subject. Facts that are stated the other way round in another split are left out, as are the wordings that
-    locality is measured in.
+    The two share no subject. Facts that are stated the other way round in another split are left out, so are claims that read like
+    one there (two subjects may share a name), and the wordings that locality is measured in.
     """
+    others = ("edit", "validation", "test")
+    taken = {text for split in others for item in data.claims(split) for texts in item.texts.values() for text in texts}
     elsewhere = {(fact.relation, fact.object, fact.subject) for fact in data.facts() if fact.split != "train"}
     found: tuple[list[EditRequest], list[EditRequest]] = ([], [])
     for fact in data.facts("train"):
@@ -53,7 +55,9 @@ def training_requests() -> tuple[list[EditRequest], list[EditRequest]]:
         claims = [data.claim(fact, True), *(data.claim(fact, False, salt) for salt in SALTS)]
         known: set[str] = set()
         for item in claims:
-            if item is not None and item.texts["en"][0] not in known:
+            if item is None or any(text in taken for texts in item.texts.values() for text in texts):
+                continue
+            if item.texts["en"][0] not in known:
                 known.add(item.texts["en"][0])
                 found[place < HELD].append(_request(item))
     return found

@@ -16,7 +16,7 @@ from xpatch.zoo.verifier import data
 
 from .protocol import UNSEEN, bundled
 
-OTHERS = 4  # other claims per edit and language
+OTHERS = 2  # other claims per edit and language
 Report = Callable[[str, int, int], None]
 
 

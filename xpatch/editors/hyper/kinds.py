@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,4 +59,4 @@ def blueprint(
     table: torch.Tensor | None = None
     if kind_of(method).reads_text:
         table = model.get_input_embeddings().weight.detach().float()
-    return replace(Blueprint(tuple(linears), languages, table, settings), seed=seed)
+    return Blueprint(tuple(linears), languages, table, settings, seed)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from xpatch.editors.hyper.capture import Signals
 from xpatch.editors.hyper.lowrank import Factors
+from xpatch.editors.hyper.sites import EditedLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class Condition:
 
 
 class HyperNetwork(torch.nn.Module):
-    """A trained editor. `rates`: parameter group -> the parameters that have a learning rate of their own."""
+    """A network that is trained to edit: signals in, factors out."""
 
     def forward(self, signals: Mapping[str, Signals], condition: Condition) -> dict[str, Factors]:
         """Linear name -> factors."""
@@ -46,18 +47,11 @@ class HyperNetwork(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Blueprint:
-    """All that decides a network's shape. vocabulary: size and width of the base's input embeddings `[V, D]`."""
+    """All that decides a fresh network. languages: of the masks, in the order of their rows; embeddings: the base's input table `[V, D]`
+    for a network that reads text; settings: the method's training settings."""
 
-    linears: Sequence[Any]
+    linears: Sequence[EditedLinear]
     languages: tuple[str, ...]
     embeddings: torch.Tensor | None
     settings: Any
     seed: int = 0
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Build(Protocol):
-    """Makes a method's network; the random state is that of the blueprint's seed."""
-
-    def __call__(self, plan: Blueprint) -> HyperNetwork:
-        """A fresh network."""

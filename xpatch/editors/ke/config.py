@@ -52,13 +52,13 @@ DEFAULT = KnowledgeEditorConfig(
     train_embeddings=False,
     learning_rate=1e-3,
     decay="linear",
-    warmup=20,
+    warmup=10,
     clip=1.0,
     outer_texts="any",
-    steps=600,
-    validation_edits=120,
-    validate_every=100,
-    patience=400,
+    steps=120,
+    validation_edits=96,
+    validate_every=40,
+    patience=120,
     best_by="harmonic",
 )
 

@@ -23,7 +23,8 @@ class LimeKeConfig(ke.KnowledgeEditorConfig, MaskConfig):
     """LiME-KE."""
 
 
-_PAPER: dict[str, Any] = {"edit_languages": "all", "outer_languages": "all", "best_by": "harmonic", "l0_weight": 0.0}
+_PAPER: dict[str, Any] = {"edit_languages": "all", "outer_languages": "all", "best_by": "harmonic", "l0_weight": 0.0,
+                          "outer_texts": "edit", "validate_every": 2000, "patience": 4000}  # fmt: skip
 _DEFAULT: dict[str, Any] = {"outer_languages": "all", "l0_weight": 1.0, "mask_rate": 1e-3}
 
 MEND_PRESETS = {
