@@ -90,6 +90,14 @@ def test_it_learns(tmp_path: Path) -> None:
     assert not torch.equal(alpha, torch.full_like(alpha, 1e-3))
 
 
+def test_an_inert_editor_gets_the_kept_half_right(tmp_path: Path) -> None:
+    """With a step size of zero nothing changes: no flip is right, every edit that asks for the base's answer is, all else stays."""
+    options = {"alpha": 0.0, "alpha_rate": 1e-30, "steps": 1, "validate_every": 1, "outer_texts": "edit"}
+    found = train(tmp_path / "e", validation_edits=60, **options).history[0]
+    assert found["kept"] == 1.0 and found["flips_right"] == 0.0 and abs(found["kl"]) < 1e-6
+    assert abs(found["right"] - 0.5) < 0.2
+
+
 def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     """With a learning rate that ruins the network, the folder holds the first checkpoint and training stops early."""
     found = train(tmp_path / "e", steps=40, validate_every=2, patience=4, learning_rate=0.3, best_by="loss")
