@@ -79,13 +79,11 @@ def test_the_folder_holds_names_and_no_pickle(tmp_path: Path) -> None:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    """Flips on held-out facts: none without training, most after it."""
+    """Flips on held-out facts: an inert editor gets none right (below), a trained one most."""
     options = {"steps": 60, "edits_per_step": 8, "validation_edits": 24, "flips": 1.0, "alpha": 1e-3, "learning_rate": 3e-3,
                "alpha_rate": 1e-3, "edit_weight": 1.0, "outer_texts": "edit", "layers": 1, "validate_every": 20}  # fmt: skip
     found = train(tmp_path / "e", data=facts(24), **options)
-    assert found.history[-1]["flips_right"] > 0.6 > 0.3 > found.history[0]["flips_right"] or (
-        found.history[-1]["flips_right"] > 0.8
-    )
+    assert found.history[-1]["flips_right"] > 0.6
     alpha = tensors(tmp_path / "e", TRAINING)["network.alpha"]
     assert not torch.equal(alpha, torch.full_like(alpha, 1e-3))
 
