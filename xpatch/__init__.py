@@ -19,6 +19,7 @@ from xpatch.errors import BackendError, ConflictError, FormatError, MismatchErro
 if TYPE_CHECKING:
     from xpatch.api import Rows, apply, disabled, optimize, prepare, remove, rows, status
     from xpatch.editors import edit, methods
+    from xpatch.editors.hyper.train import train_editor
     from xpatch.evaluation import evaluate
     from xpatch.patches.limits import Limits
     from xpatch.patches.requests import EditRequest, Version
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOME = {
     "xpatch.api": ("Rows", "apply", "disabled", "optimize", "prepare", "remove", "rows", "status"),
     "xpatch.editors": ("edit", "methods"),
+    "xpatch.editors.hyper.train": ("train_editor",),
     "xpatch.evaluation": ("evaluate",),
     "xpatch.patches.limits": ("Limits",),
     "xpatch.patches.requests": ("EditRequest", "Version"),
@@ -79,6 +81,7 @@ __all__ = [
     "save",
     "sign",
     "status",
+    "train_editor",
     "verify",
 ]
 

@@ -14,6 +14,7 @@ import pytest
 COMMANDS = [
     ("demo",),
     ("edit",),
+    ("train-editor",),
     ("inspect",),
     ("evaluate",),
     ("export", "base"),

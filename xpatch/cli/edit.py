@@ -36,6 +36,10 @@ def edit(
     memory: Annotated[
         Path | None, typer.Option(help="JSONL of texts that must stay as they are: {language, text}.")
     ] = None,
+    editor: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a trained editor, for ke, mend, lime-ke and lime-mend: see xpatch train-editor."),
+    ] = None,
     languages: Annotated[str | None, typer.Option(help="Only these languages of the requests: en,de,zh.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the training: 0; with --from, as recorded.")] = None,
     old_model: Annotated[
@@ -91,13 +95,22 @@ def edit(
     check_out_folder(out, overwrite=overwrite)
     if report is not None:
         check_out_file(report, "--report")
+    trained: dict[str, Any] = {} if editor is None else {"editor": editor}
     old = load_classifier(old_model) if old_model is not None else None
     classifier, tokenizer = load_editable(model) if earlier is None else load_classifier(model)
     if earlier is None:
         method, preset = method or "mpn", preset or "default"
         say(f"{len(wanted)} requests, method {method} ({preset}), model {model}")
         patches = xpatch.edit(
-            classifier, tokenizer, wanted, method=method, preset=preset, memory=memory, seed=seed or 0, languages=chosen
+            classifier,
+            tokenizer,
+            wanted,
+            method=method,
+            preset=preset,
+            memory=memory,
+            seed=seed or 0,
+            languages=chosen,
+            **trained,
         )
         xpatch.save(patches, out)
         _show(patches, out, as_json)
@@ -116,6 +129,7 @@ def edit(
         memory=memory,
         languages=chosen,
         old=old,
+        **trained,
     )
     xpatch.save(again.patches, out)
     if report is not None:

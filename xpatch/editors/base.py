@@ -26,6 +26,9 @@ _MODULES = (
     "xpatch.editors.t_patcher.editor",
     "xpatch.editors.mpn.editor",
     "xpatch.editors.mpn_masked.editor",
+    "xpatch.editors.ke.editor",
+    "xpatch.editors.mend.editor",
+    "xpatch.editors.lime.editor",
 )
 
 
@@ -144,9 +147,11 @@ def edit(
                 seed=seed,
                 report=report,
                 decoding=bench.decoding,
+                tokenizer=tokenizer,
             )
             product = editor.edit(task, config)
-        base = identify(model, tokenizer, site=subject.site.name)
+        sites = [subject.site.name, *(part.site for part in product.parts.values())]
+        base = identify(model, tokenizer, site=sites)
     outcomes = _outcomes(parsed, admitted, product, languages if editor.info.parallel else ())
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     settings = {"preset": preset, **config.model_dump()}

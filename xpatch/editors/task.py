@@ -65,6 +65,7 @@ class Task:
     seed: int
     report: Report
     decoding: Decoding | None = None
+    tokenizer: Any = None
 
     def rng(self, *salt: str) -> random.Random:
         """A random stream of its own for one purpose: the same whatever else is edited in the call."""
