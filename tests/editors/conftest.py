@@ -139,4 +139,12 @@ def memory(pair: bool = False) -> dict[str, list[Any]]:
 
 # Random models tell texts apart far less than trained ones: bigger steps, and less weight on what must stay.
 _NEURONS = {"steps": 400, "learning_rate": 0.05, "memory_weight": 0.5}
-QUICK = {"mpn": _NEURONS, "mpn-only": _NEURONS, "t-patcher": _NEURONS, "ft": {"learning_rate": 1e-3, "steps": 100}}
+QUICK = {
+    "mpn": _NEURONS,
+    "mpn-only": _NEURONS,
+    "t-patcher": _NEURONS,
+    "ft": {"learning_rate": 1e-3, "steps": 100},
+    "ft-l": {"learning_rate": 1e-2, "steps": 50, "box": 0.1, "memory_weight": 0.1},
+    "calinet": {"steps": 100, "learning_rate": 0.02, "memory_weight": 0.1},
+    "grace": {"steps": 100, "memory_share": 0.3},
+}

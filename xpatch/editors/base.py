@@ -21,7 +21,14 @@ from xpatch.patches.identity import identify
 from xpatch.patches.requests import EditRequest, as_requests
 from xpatch.patches.types import EditRecord, PatchSet
 
-_MODULES = ("xpatch.editors.ft.editor", "xpatch.editors.t_patcher.editor", "xpatch.editors.mpn.editor")
+_MODULES = (
+    "xpatch.editors.ft.editor",
+    "xpatch.editors.ft_l.editor",
+    "xpatch.editors.calinet.editor",
+    "xpatch.editors.grace.editor",
+    "xpatch.editors.t_patcher.editor",
+    "xpatch.editors.mpn.editor",
+)
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ def edit(
         )
         for request, outcome in zip(parsed, product.outcomes, strict=True)
     )
-    return PatchSet(parts=product.parts, edits=records, base=base)
+    return PatchSet(parts=product.parts, edits=records, gates=product.gates, base=base)
 
 
 def _registry() -> dict[str, Editor]:

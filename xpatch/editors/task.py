@@ -12,7 +12,7 @@ import torch
 from xpatch.editors.cache import FeatureCache
 from xpatch.editors.progress import Report
 from xpatch.patches.requests import EditRequest, Probe
-from xpatch.patches.types import EditStatus, Part
+from xpatch.patches.types import EditStatus, Gate, Part
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Product:
-    """An editor's result: parts by name and one outcome per edit, in order."""
+    """An editor's result: parts by name, the gates they name, and one outcome per edit, in order."""
 
     parts: Mapping[str, Part]
     outcomes: Sequence[Outcome]
+    gates: Mapping[str, Gate] = field(default_factory=dict)

@@ -8,6 +8,8 @@ The MPN paper says only that its baseline "edits the last FFN layer and uses cro
   1; 64 rows drawn for each step instead of 512 fixed ones and past edits).
 - `rmsprop`: the optimiser of the MEND, LiME and XME baselines (RMSprop 5e-6, gradient norm 100, at most 100 steps), but sequential;
   theirs start every edit afresh.
+
+All of them train on the request's own language; `train_languages="all"` is MPN's claim that its sampler helps other editors too.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from xpatch.editors.presets import Config
+from xpatch.editors.rows import SampledConfig
 
 
-class FineTuneConfig(Config):
+class FineTuneConfig(SampledConfig):
     """How the FFN's two linears are trained."""
 
     optimiser: Literal["adam", "rmsprop"] = "adam"
@@ -28,9 +30,9 @@ class FineTuneConfig(Config):
     """Largest gradient norm; 0: no limit."""
     steps: int = Field(default=2000, ge=1)
     """At most this many steps per edit; an edit that is right costs none."""
-    memory_rows: int = Field(default=40_000, ge=0)
-    memory_per_step: int = Field(default=64, ge=0)
-    memory_weight: float = Field(default=0.0, ge=0)
+    rank: int | None = Field(default=None, ge=1)
+    """Store each weight's change as a low-rank delta, cut by its singular values after training; None: the dense change, exactly. With a
+    rank the biases are not trained: no form of a patch holds a bias alone in few numbers."""
 
 
 PAPER = FineTuneConfig()

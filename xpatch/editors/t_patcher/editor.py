@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from xpatch.editors.base import MethodInfo, register
+from xpatch.editors.samplers import Sampler, own_language
 from xpatch.editors.t_patcher.config import PRESETS, NeuronConfig
 from xpatch.editors.t_patcher.coordinates import Coordinates
 from xpatch.editors.t_patcher.neurons import Neurons
-from xpatch.editors.t_patcher.samplers import Sampler, own_language
 from xpatch.editors.t_patcher.train import Problem, train
 from xpatch.editors.task import Edit, Outcome, Product, Task, Wording
 from xpatch.errors import MismatchError
