@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.editors.conftest import FRAMES, QUICK, ask, make_requests, memory, model_of, task_of, tokenizer_of
-from xpatch.editors import edit
+from xpatch.editors import edit, methods
 from xpatch.editors.rows import EditRows, SampledConfig
 from xpatch.editors.samplers import SAMPLERS
 from xpatch.errors import FormatError
@@ -69,6 +69,12 @@ def test_training_on_all_languages_edits_all_of_them(method: str) -> None:
     apply(model, patches)
     target = model.config.label2id[requests[0].target]
     assert ask(model, tokenizer, [version.text for version in requests[0].versions.values()]) == [target] * 3
+
+
+def test_presets_name_the_papers_choices() -> None:
+    found = methods()
+    for method in FAMILY:
+        assert {"default", "paper", "one", "all"} <= set(found[method].presets)
 
 
 def test_only_the_fine_tuning_family_has_the_setting() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -24,11 +25,21 @@ class SampledConfig(Config):
     rephrases: bool = False
     """Train on the request's rephrases as well; whether an edit is needed or right is decided without them."""
     memory_rows: int = Field(default=40_000, ge=0)
-    """Size of the memory, drawn once from the texts given in the trained languages."""
+    """Size of the memory, drawn once from the texts given."""
+    memory_languages: Literal["trained", "all"] = "trained"
+    """Memory texts of the languages trained on only, or of all languages."""
     memory_per_step: int = Field(default=64, ge=0)
     """Memory rows drawn anew for each step."""
     memory_weight: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence from the answers before editing on memory rows; 0: no memory is read."""
+
+
+C = TypeVar("C", bound=SampledConfig)
+
+
+def by_languages(config: C) -> dict[str, C]:
+    """The presets "one" and "all": `config` with MPN's samplers."""
+    return {choice: config.model_copy(update={"train_languages": choice}) for choice in ("one", "all")}
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class EditRows:
             self._plan(edit, sampler(edit, task.rng(method, "languages", edit.request.id)), config.rephrases)
             for edit in task.edits
         ]
-        kept = self._memory(config.memory_rows) if memory else []
+        kept = self._memory(config.memory_rows, config.memory_languages == "all") if memory else []
         task.cache.fill(task.report)
         self.device = task.cache.x.device
         self.memory = torch.tensor(kept, dtype=torch.long, device=self.device)
@@ -110,9 +121,9 @@ class EditRows:
         rows = self.task.cache.want(wording.probe for wording in wordings)
         return Plan(edit, chosen, tuple(rows), tuple(wording.label for wording in wordings), len(chosen))
 
-    def _memory(self, count: int) -> list[int]:
+    def _memory(self, count: int, everything: bool) -> list[int]:
         languages = {wording.language for plan in self.plans for wording in plan.chosen}
-        own = any(language in languages for language in self.task.memory)
+        own = not everything and any(language in languages for language in self.task.memory)
         probes = [p for name, texts in self.task.memory.items() if not own or name in languages for p in texts]
         self.task.rng("memory").shuffle(probes)
         edited = {row for plan in self.plans for row in plan.rows}

@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from xpatch.editors.rows import SampledConfig
+from xpatch.editors.rows import SampledConfig, by_languages
 
 
 class CaliNetConfig(SampledConfig):
@@ -28,6 +28,8 @@ class CaliNetConfig(SampledConfig):
     activation: Literal["ffn", "relu", "gelu", "gelu_tanh", "silu"] = "ffn"
     """The slots' gate; "ffn" is the FFN's own activation."""
     bias: bool = False
+    silent: bool = False
+    """Values start at 0, so that training begins with the model as it is."""
     rephrases: bool = True
     learning_rate: float = Field(default=1e-2, gt=0)
     learning_rate_end: float = Field(default=1.0, gt=0)
@@ -38,6 +40,16 @@ class CaliNetConfig(SampledConfig):
 
 
 PAPER = CaliNetConfig()
-DEFAULT = CaliNetConfig(activation="relu", bias=True, steps=1000, learning_rate_end=0.1, memory_weight=1.0)
+DEFAULT = CaliNetConfig(
+    activation="relu",
+    bias=True,
+    silent=True,
+    steps=1000,
+    learning_rate_end=0.1,
+    memory_languages="all",
+    memory_rows=12_000,
+    memory_per_step=256,
+    memory_weight=2.0,
+)
 
-PRESETS = {"paper": PAPER, "default": DEFAULT}
+PRESETS = {"paper": PAPER, "default": DEFAULT, **by_languages(DEFAULT)}

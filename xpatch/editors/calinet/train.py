@@ -23,7 +23,7 @@ class Slots:
             return ((torch.rand(shape, generator=generator) * 2 - 1) * bound).to(task.cache.x)
 
         self.keys = uniform(config.slots, width, bound=width**-0.5)
-        self.values = uniform(config.slots, width, bound=config.slots**-0.5)
+        self.values = uniform(config.slots, width, bound=0.0 if config.silent else config.slots**-0.5)
         self.bias = self.keys.new_zeros(config.slots)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:

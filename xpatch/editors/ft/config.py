@@ -8,8 +8,8 @@ The MPN paper says only that its baseline "edits the last FFN layer and uses cro
   1; 64 rows drawn for each step instead of 512 fixed ones and past edits).
 - `rmsprop`: the optimiser of the MEND, LiME and XME baselines (RMSprop 5e-6, gradient norm 100, at most 100 steps), but sequential;
   theirs start every edit afresh.
-
-All of them train on the request's own language; `train_languages="all"` is MPN's claim that its sampler helps other editors too.
+- `one`, `all`: the default with MPN's samplers, which the MPN paper expects to help other editors too. The others train on the request's
+  own language.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from xpatch.editors.rows import SampledConfig
+from xpatch.editors.rows import SampledConfig, by_languages
 
 
 class FineTuneConfig(SampledConfig):
@@ -39,4 +39,4 @@ PAPER = FineTuneConfig()
 DEFAULT = FineTuneConfig(memory_weight=1.0)
 RMSPROP = FineTuneConfig(optimiser="rmsprop", learning_rate=5e-6, clip=100.0, steps=100)
 
-PRESETS = {"paper": PAPER, "default": DEFAULT, "rmsprop": RMSPROP}
+PRESETS = {"paper": PAPER, "default": DEFAULT, "rmsprop": RMSPROP, **by_languages(DEFAULT)}

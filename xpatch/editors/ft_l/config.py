@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from xpatch.editors.rows import SampledConfig
+from xpatch.editors.rows import SampledConfig, by_languages
 
 
 class ConstrainedConfig(SampledConfig):
@@ -43,4 +43,5 @@ PRESETS = {
     "gpt2-large": PAPER.model_copy(update={"box": 1e-3}),
     "gpt2-medium": PAPER.model_copy(update={"box": 2e-3}),
     "gpt-j": PAPER.model_copy(update={"box": 5e-5}),
+    **by_languages(DEFAULT),
 }

@@ -21,7 +21,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from xpatch.editors.rows import SampledConfig
+from xpatch.editors.rows import SampledConfig, by_languages
 
 
 class GraceConfig(SampledConfig):
@@ -59,4 +59,4 @@ DEFAULT = GraceConfig(
     rounds=3,
 )
 
-PRESETS = {"paper": PAPER, "default": DEFAULT}
+PRESETS = {"paper": PAPER, "default": DEFAULT, **by_languages(DEFAULT)}
