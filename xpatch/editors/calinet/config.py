@@ -2,13 +2,14 @@
 
 - `paper`: the training script published with the paper (T5-base, 100 facts): 64 slots beside the last FFN, without biases, through the FFN's
   own activation; learning rate 1e-2, 5000 steps, 2048 texts a step; every fact with its paraphrases, and nothing that holds other answers.
-- `default`: slots with a ReLU gate and a bias, and the KL divergence from the answers before editing on memory rows, all chosen on
-  validation facts.
+- `default`: slots with a ReLU gate, a bias and values that start at 0, and the KL divergence from the answers before editing on memory
+  rows of all languages, all chosen on validation facts.
 
 What is done otherwise than in the reference, in both:
 - a fact is calibrated when the model's answer to it is wrong; theirs compares the scores of the fact and of false variants, for generation;
 - Adam; theirs is Adafactor with a fixed rate and 100 steps of warm-up;
-- slots start as torch's linear layers do; their start is that of the library's loader.
+- answers that are right already count as memory where there is a memory term.
+The paper does not say how slots start: `paper` takes torch's own start of linear layers, without biases.
 """
 
 from __future__ import annotations

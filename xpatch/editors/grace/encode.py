@@ -31,9 +31,7 @@ def encode(keys: torch.Tensor, radii: torch.Tensor, values: torch.Tensor) -> lis
     """keys `[K, D]`, radii `[K]`, values `[K, D]` -> as few groups as a greedy choice finds. Keys with a negative radius answer nothing."""
     exact, reach = keys.double(), radii.double()
     directions = _directions(exact, reach)
-    # margin[i, j]: how far ball i lies beyond ball j along the direction of i.
-    along = directions @ exact.T
-    margin = along.diagonal()[:, None] - along - reach[:, None] - reach.clamp_min(0)
+    margin = _margin(directions, exact, reach)
     apart = margin > _least(exact, reach)[:, None]
     apart = apart & apart.T
     between = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist")
@@ -82,27 +80,22 @@ def _group(
 
 def _directions(keys: torch.Tensor, radii: torch.Tensor) -> torch.Tensor:
     """A unit direction `[K, D]` per key along which its ball lies beyond most others: from the mean, plainly or with the keys' spread undone."""
-    centred = keys - keys.mean(0)
-    if len(keys) == 1:
-        centred = torch.ones_like(keys)
+    centred = keys - keys.mean(0) if len(keys) > 1 else torch.ones_like(keys)
     spread = centred.T @ centred / len(keys)
-    ridge = spread.diagonal().mean().clamp_min(1e-12)
-    tried = [centred]
-    for share in (1.0, 0.1, 0.01):
-        eye = torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device)
-        tried.append(torch.linalg.solve(spread + share * ridge * eye, centred.T).T)
-    best, score = None, None
+    eye = torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) * spread.diagonal().mean().clamp_min(1e-12)
+    tried = [centred, *(torch.linalg.solve(spread + share * eye, centred.T).T for share in (1.0, 0.1, 0.01))]
+    best, score = torch.zeros_like(keys), torch.full((len(keys),), -1, device=keys.device)
     for found in tried:
         unit = found / torch.linalg.vector_norm(found, dim=-1, keepdim=True).clamp_min(1e-300)
-        along = unit @ keys.T
-        margin = along.diagonal()[:, None] - along - radii[:, None] - radii.clamp_min(0)
-        apart = (margin > _least(keys, radii)[:, None]).sum(1)
-        if best is None or score is None:
-            best, score = unit, apart
-        else:
-            best, score = torch.where((apart > score)[:, None], unit, best), torch.maximum(apart, score)
-    assert best is not None
+        apart = (_margin(unit, keys, radii) > _least(keys, radii)[:, None]).sum(1)
+        best, score = torch.where((apart > score)[:, None], unit, best), torch.maximum(apart, score)
     return best
+
+
+def _margin(directions: torch.Tensor, keys: torch.Tensor, radii: torch.Tensor) -> torch.Tensor:
+    """`[K, K]`: how far ball i lies beyond ball j along the direction of i."""
+    along = directions @ keys.T
+    return along.diagonal()[:, None] - along - radii[:, None] - radii.clamp_min(0)
 
 
 def _least(keys: torch.Tensor, radii: torch.Tensor) -> torch.Tensor:
