@@ -288,7 +288,8 @@ def growth(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         line = {"source": source, "gate": gate}
         for name in ("median", "apart"):
             pairs = [(math.log(p["patches"]), math.log(p["leak"][name])) for p in mine if p["leak"][name] > 0]
-            line[name] = round(float(np.polyfit(*zip(*pairs, strict=True), 1)[0]), 2) if len(pairs) > 1 else None
+            x, y = ([pair[axis] for pair in pairs] for axis in (0, 1))
+            line[name] = round(float(np.polyfit(x, y, 1)[0]), 2) if len(pairs) > 1 else None
         found.append(line)
     return found
 

@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from xpatch.editors.cache import FeatureCache
+from xpatch.editors.inputs import as_memory, labels_of, resolve_edits
+from xpatch.editors.task import Task
+from xpatch.models.heads import head_of
 from xpatch.patches.requests import EditRequest
 
 transformers = pytest.importorskip("transformers")
@@ -31,7 +35,7 @@ def tokenizer_of(kind: str) -> Any:
     }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if kind != "gpt2":
+    if kind not in ("gpt2", "llama"):
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
         )
@@ -69,6 +73,9 @@ def model_of(kind: str, labels: int = 3) -> Any:
     if kind == "xlmr":
         config = transformers.XLMRobertaConfig(max_position_embeddings=32, type_vocab_size=1, **wide, **common)
         return transformers.XLMRobertaForSequenceClassification(config).eval()
+    if kind == "llama":
+        config = transformers.LlamaConfig(max_position_embeddings=32, **wide, **common)
+        return transformers.LlamaForSequenceClassification(config).eval()
     config = transformers.GPT2Config(n_positions=32, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, **common)
     return transformers.GPT2ForSequenceClassification(config).eval()
 
@@ -137,6 +144,31 @@ def memory(pair: bool = False) -> dict[str, list[Any]]:
     }
 
 
+def task_of(model: Any, tokenizer: Any, requests: Any, seed: int = 0) -> Task:
+    """What an editor is given, the model's parameters without gradients."""
+    head = head_of(model)
+    edits = resolve_edits(requests, labels_of(model, head.labels), None)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    cache = FeatureCache(model, tokenizer, head.site)
+    return Task(model, head.site, head, edits, as_memory(memory(), edits), cache, seed, lambda *event: None)
+
+
+def texts_of(requests: Any) -> list[str]:
+    """Every text of the requests, rephrases included, and the memory's."""
+    found = [v.text for request in requests for v in request.versions.values()]
+    found += [p.text for request in requests for v in request.versions.values() for p in v.rephrases]
+    return found + [item["text"] for items in memory().values() for item in items]
+
+
+def logits_of_model(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    """`[M, C]`."""
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    batch = {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        return model(**batch).logits
+
+
 # Random models tell texts apart far less than trained ones: bigger steps, and less weight on what must stay.
 _NEURONS = {"steps": 400, "learning_rate": 0.05, "memory_weight": 0.5}
 QUICK = {
@@ -145,4 +177,7 @@ QUICK = {
     "mpn-only": _NEURONS,
     "t-patcher": _NEURONS,
     "ft": {"learning_rate": 1e-3, "steps": 100},
+    "ft-l": {"learning_rate": 1e-2, "steps": 50, "box": 0.1, "memory_weight": 0.1},
+    "calinet": {"steps": 100, "learning_rate": 0.02, "memory_weight": 0.1},
+    "grace": {"steps": 100},
 }

@@ -13,9 +13,12 @@ from tests.editors.conftest import FRAMES, QUICK, ask, make_requests, memory, mo
 from xpatch.editors import edit, methods
 from xpatch.errors import ConflictError, FormatError, MismatchError
 from xpatch.models.anatomy import final_ffn
+from xpatch.ops.reference import ball
 from xpatch.patches.types import DenseDelta, PatchNeurons, PatchSet
 
-METHODS = ("ft", "t-patcher", "mpn-only", "mpn")
+METHODS = ("ft", "ft-l", "calinet", "grace", "t-patcher", "mpn-only", "mpn")
+SHARED = ("ft", "ft-l")  # all edits in one weight: later ones forget earlier ones
+SEEDLESS = ("ft", "ft-l", "grace")  # their defaults draw nothing, or too little to change a tensor
 
 
 def train(model: Any, tokenizer: Any, requests: Any, method: str = "mpn", **options: Any) -> PatchSet:
@@ -35,14 +38,17 @@ def answers(
             act = {"relu": torch.relu, "gelu": torch.nn.functional.gelu,
                    "gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh")}[part.activation]  # fmt: skip
             seen: list[torch.Tensor] = []
+            gate = patches.gates[part.gate] if part.gate else None
+
+            def add(m: Any, a: Any, y: Any, p: Any = part, act: Any = act, seen: Any = seen, gate: Any = gate) -> Any:
+                x = seen.pop()
+                added = act(x @ p.keys.T + p.bias) @ p.values
+                return y + (added if gate is None else torch.where(ball(x, gate.keys, gate.radii)[..., None], added, 0))
+
             handles.append(
                 model.get_submodule(site.up).register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0]))
             )
-            handles.append(
-                model.get_submodule(site.down).register_forward_hook(
-                    lambda m, a, y, p=part, act=act, seen=seen: y + act(seen.pop() @ p.keys.T + p.bias) @ p.values
-                )
-            )
+            handles.append(model.get_submodule(site.down).register_forward_hook(add))
         elif isinstance(part, DenseDelta):
             handles.append(
                 model.get_submodule(part.site).register_forward_hook(
@@ -73,7 +79,7 @@ def test_edits_flip_where_the_method_says_so(model: Any, tokenizer: Any, method:
         right = all(answer == model.config.label2id[request.target] for answer in found)
         assert (record.status in ("edited", "already-right")) == right or method == "mpn-only", record.message
     edited = [record for record in patches.edits if record.status == "edited"]
-    assert len(edited) >= (1 if method == "ft" else 3)  # fine-tuning forgets
+    assert len(edited) >= (1 if method in SHARED else 3)
     assert all(record.message and record.created and record.seconds > 0 and record.seed == 0 for record in edited)
     assert all(record.hyperparameters["preset"] == "default" for record in edited)
 
@@ -85,11 +91,12 @@ def test_each_edit_owns_its_neurons(model: Any, tokenizer: Any) -> None:
     assert all(record.group is None for record in patches.edits)
 
 
-def test_fine_tuning_is_one_group() -> None:
+@pytest.mark.parametrize(("method", "form"), [("ft", "dense"), ("ft-l", "dense"), ("calinet", "neurons")])
+def test_what_edits_share_is_one_group(method: str, form: str) -> None:
     model, tokenizer = model_of("bert"), tokenizer_of("bert")
-    patches = train(model, tokenizer, make_requests(model, tokenizer), "ft")
-    assert {part.form for part in patches.parts.values()} == {"dense"}
-    assert {record.group for record in patches.edits if record.status != "already-right"} == {"ft"}
+    patches = train(model, tokenizer, make_requests(model, tokenizer), method)
+    assert {part.form for part in patches.parts.values()} == {form}
+    assert {record.group for record in patches.edits if record.rows} == {method}
     with pytest.raises(ConflictError):
         patches.select([patches.edits[0].id])
 
@@ -129,7 +136,7 @@ def test_equal_seeds_give_equal_bytes(method: str) -> None:
     second = train(model, tokenizer, requests, method, steps=20)
     assert {k: v.tolist() for k, v in first.tensors.items()} == {k: v.tolist() for k, v in second.tensors.items()}
     assert first.fingerprint == second.fingerprint
-    if method != "ft" and first.parts:
+    if method not in SEEDLESS and first.parts:
         other = train(model, tokenizer, requests, method, steps=20, seed=1)
         assert {k: v.tolist() for k, v in first.tensors.items()} != {k: v.tolist() for k, v in other.tensors.items()}
 

@@ -65,10 +65,10 @@ def test_label_smoothing_is_torchs() -> None:
 
 def test_each_token_weighs_the_same_and_a_slots_neurons_fire_at_its_tokens() -> None:
     """The problem of two edits of unlike length: repeated rows weigh nothing, `own` reads only the neurons that must fire."""
+    from xpatch.editors.samplers import own_language
     from xpatch.editors.subject import LanguageModel
     from xpatch.editors.t_patcher import config as configs
     from xpatch.editors.t_patcher.editor import _Run
-    from xpatch.editors.t_patcher.samplers import own_language
     from xpatch.editors.task import Task
 
     model = model_of("gpt2")

@@ -10,11 +10,10 @@ import torch
 from tests.editors.conftest import make_requests, memory, model_of, tokenizer_of
 from xpatch.editors.cache import FeatureCache
 from xpatch.editors.inputs import as_memory, labels_of, resolve_edits
-from xpatch.editors.mpn.samplers import all_parallel, one_parallel
+from xpatch.editors.samplers import Sampler, all_parallel, one_parallel, own_language
 from xpatch.editors.t_patcher import config as configs
 from xpatch.editors.t_patcher.editor import _Run
 from xpatch.editors.t_patcher.neurons import Neurons
-from xpatch.editors.t_patcher.samplers import Sampler, own_language
 from xpatch.editors.t_patcher.train import Problem, logits_of, train
 from xpatch.editors.task import Task
 from xpatch.models.heads import head_of

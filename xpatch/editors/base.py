@@ -23,6 +23,9 @@ from xpatch.patches.types import EditRecord, PatchSet
 
 _MODULES = (
     "xpatch.editors.ft.editor",
+    "xpatch.editors.ft_l.editor",
+    "xpatch.editors.calinet.editor",
+    "xpatch.editors.grace.editor",
     "xpatch.editors.t_patcher.editor",
     "xpatch.editors.mpn.editor",
     "xpatch.editors.mpn_masked.editor",
@@ -171,7 +174,7 @@ def edit(
         )
         for request, outcome in zip(parsed, outcomes, strict=True)
     )
-    return PatchSet(parts=product.parts, edits=records, masks=product.masks, base=base)
+    return PatchSet(parts=product.parts, edits=records, masks=product.masks, gates=product.gates, base=base)
 
 
 def _presets_for(editor: Editor, kind: SubjectKind, model: Any) -> Mapping[str, Config]:

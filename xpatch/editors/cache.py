@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,9 +70,11 @@ class FeatureCache:
         order = sorted(range(len(texts)), key=lambda index: len(encoded[index]["input_ids"]))
         found: list[list[torch.Tensor]] = []
         for start in range(0, len(order), self._batch_size):
-            chunk = [encoded[index] for index in order[start : start + self._batch_size]]
-            batch = self._tokenizer.pad(chunk, return_tensors="pt") if self._batch_size > 1 else _single(chunk[0])
-            features = capture(self._model, {name: value.to(self._device) for name, value in batch.items()}, self._site)
+            features = capture(
+                self._model,
+                self._batch([encoded[index] for index in order[start : start + self._batch_size]]),
+                self._site,
+            )
             found.append([features.x, features.residual, features.base, features.logits])
             report("reading", min(start + self._batch_size, len(order)), len(order))
         back = torch.empty(len(order), dtype=torch.long)
@@ -80,6 +82,16 @@ class FeatureCache:
         fresh = [torch.cat(column).detach()[back.to(self._device)] for column in zip(*found, strict=True)]
         self._filled = [torch.cat(pair) for pair in zip(self._filled, fresh, strict=True)] if self._filled else fresh
         self._read = len(self._rows)
+
+    def batches(self, rows: Sequence[int]) -> Iterator[dict[str, torch.Tensor]]:
+        """The model's own inputs for the texts of `rows`, in their order: for editors that need a forward of the model."""
+        texts = list(self._rows)
+        for start in range(0, len(rows), self._batch_size):
+            yield self._batch([self._encode(*texts[row]) for row in rows[start : start + self._batch_size]])
+
+    def _batch(self, encoded: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        batch = self._tokenizer.pad(encoded, return_tensors="pt") if self._batch_size > 1 else _single(encoded[0])
+        return {name: value.to(self._device) for name, value in batch.items()}
 
     @property
     def _device(self) -> torch.device:

@@ -12,7 +12,7 @@ import torch
 from xpatch.editors.cache import FeatureCache
 from xpatch.editors.progress import Report
 from xpatch.patches.requests import EditRequest, Probe
-from xpatch.patches.types import EditStatus, LanguageMask, Part
+from xpatch.patches.types import EditStatus, Gate, LanguageMask, Part
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Product:
-    """An editor's result: parts by name, one outcome per edit, in order, and the language masks that parts name."""
+    """An editor's result: parts by name, one outcome per edit, in order, and the language masks and gates that parts name."""
 
     parts: Mapping[str, Part]
     outcomes: Sequence[Outcome]
     masks: Mapping[str, LanguageMask] = field(default_factory=dict)
+    gates: Mapping[str, Gate] = field(default_factory=dict)

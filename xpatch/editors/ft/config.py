@@ -8,6 +8,8 @@ The MPN paper says only that its baseline "edits the last FFN layer and uses cro
   1; 64 rows drawn for each step instead of 512 fixed ones and past edits).
 - `rmsprop`: the optimiser of the MEND, LiME and XME baselines (RMSprop 5e-6, gradient norm 100, at most 100 steps), but sequential;
   theirs start every edit afresh.
+- `one`, `all`: the default with MPN's samplers, which the MPN paper expects to help other editors too. The others train on the request's
+  own language.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from xpatch.editors.presets import Config
+from xpatch.editors.rows import SampledConfig, by_languages
 
 
-class FineTuneConfig(Config):
+class FineTuneConfig(SampledConfig):
     """How the FFN's two linears are trained."""
 
     optimiser: Literal["adam", "rmsprop"] = "adam"
@@ -28,13 +30,13 @@ class FineTuneConfig(Config):
     """Largest gradient norm; 0: no limit."""
     steps: int = Field(default=2000, ge=1)
     """At most this many steps per edit; an edit that is right costs none."""
-    memory_rows: int = Field(default=40_000, ge=0)
-    memory_per_step: int = Field(default=64, ge=0)
-    memory_weight: float = Field(default=0.0, ge=0)
+    rank: int | None = Field(default=None, ge=1)
+    """Store each weight's change as a low-rank delta, cut by its singular values after training; None: the dense change, exactly. With a
+    rank the biases are not trained: no form of a patch holds a bias alone in few numbers."""
 
 
 PAPER = FineTuneConfig()
 DEFAULT = FineTuneConfig(memory_weight=1.0)
 RMSPROP = FineTuneConfig(optimiser="rmsprop", learning_rate=5e-6, clip=100.0, steps=100)
 
-PRESETS = {"paper": PAPER, "default": DEFAULT, "rmsprop": RMSPROP}
+PRESETS = {"paper": PAPER, "default": DEFAULT, "rmsprop": RMSPROP, **by_languages(DEFAULT)}

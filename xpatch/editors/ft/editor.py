@@ -9,97 +9,94 @@ import torch
 
 from xpatch.editors.base import MethodInfo, register
 from xpatch.editors.ft.config import PRESETS, FineTuneConfig
+from xpatch.editors.ft.rank import Cut, cut
 from xpatch.editors.ft.train import Objective, TrainableFFN
+from xpatch.editors.rows import EditRows, Trained
 from xpatch.editors.t_patcher.train import ACTIVATE
-from xpatch.editors.task import Outcome, Product, Task
+from xpatch.editors.task import Product, Task
 from xpatch.errors import MismatchError
 from xpatch.models.anatomy import FFNSite
-from xpatch.patches.types import DenseDelta
+from xpatch.patches.types import DenseDelta, LowRankDelta
 
 GROUP = "ft"
 
 
 class FineTuneEditor:
-    """Trains on the edit's own language. All edits share the two deltas, so they form one group."""
+    """All edits share the two deltas, so they form one group."""
 
     info = MethodInfo(
         name="ft",
         title="Fine-tuning (last FFN)",
         paper="The baseline of Si, Zhang and Zhang 2024 (MPN), with Transformer-Patcher's fine-tuning settings",
         url="https://arxiv.org/abs/2401.03190",
-        edits="sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2), single texts and pairs; the edit's own language",
+        edits="sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2), single texts and pairs; the edit's own language, or as "
+        "train_languages says",
         separable=False,
     )
     presets: Mapping[str, FineTuneConfig] = PRESETS
 
     def edit(self, task: Task, config: FineTuneConfig) -> Product:
         """Train on `task`; every tensor of the result is on the CPU."""
-        _check(task.site)
-        rows = task.cache.want(edit.versions[0].probe for edit in task.edits)
-        memory = self._memory(task, config, set(rows))
-        task.cache.fill(task.report)
-        device = task.cache.x.device
+        check_plain(task.site, "fine-tuning")
+        rows = EditRows(task, "ft", config, memory=bool(config.memory_weight) or config.rank is not None)
         ffn = TrainableFFN(task.model, task.site)
-        objective = Objective(
-            ffn, task.cache, task.head.tail, torch.tensor(memory, dtype=torch.long, device=device), config
-        )
-        labels = torch.tensor([edit.versions[0].label for edit in task.edits], device=device)
-        index = torch.tensor(rows, device=device)
-        trained: dict[int, tuple[bool, float]] = {}
+        objective = Objective(ffn, task.cache, task.head.tail, rows.memory, config)
+        trained: dict[int, Trained] = {}
         for number, edit in enumerate(task.edits):
             begun = time.perf_counter()
-            here = slice(number, number + 1)
-            with torch.no_grad():
-                right = bool((objective.logits(index[here]).argmax(-1) == labels[here]).all())
-            if not right:
-                fitted = objective.fit(index[here], labels[here], task.generator("memory", edit.request.id))
-                trained[number] = (fitted, time.perf_counter() - begun)
+            if rows.wrong([number], objective.logits)[0]:
+                fitted = objective.fit(*rows.of(number), task.generator("memory", edit.request.id))
+                trained[number] = Trained(fitted, time.perf_counter() - begun)
             task.report("training", number + 1, len(task.edits))
-        with torch.no_grad():
-            final = objective.logits(index).argmax(-1) == labels
+        parts, note = self._parts(ffn, task.site, objective, rows, config) if trained else ({}, "")
+        because = "other edits changed the shared weights" + (" or the rank is too small" if config.rank else "")
+        owned = dict.fromkeys(parts, ())
         outcomes = [
-            self._outcome(task, number, bool(final[number]), trained.get(number)) for number in range(len(task.edits))
+            rows.outcome(number, wrong, trained.get(number), owned, GROUP, because, note if number in trained else "")
+            for number, wrong in enumerate(rows.wrong(range(len(task.edits)), objective.logits))
         ]
-        return Product(_parts(ffn, task.site) if trained else {}, outcomes)
+        return Product(parts, outcomes)
 
-    def _memory(self, task: Task, config: FineTuneConfig, edited: set[int]) -> list[int]:
-        if not config.memory_weight:
-            return []
-        languages = {edit.versions[0].language for edit in task.edits}
-        own = any(language in languages for language in task.memory)
-        probes = [p for language, texts in task.memory.items() if not own or language in languages for p in texts]
-        task.rng("memory").shuffle(probes)
-        return [row for row in dict.fromkeys(task.cache.want(probes[: config.memory_rows])) if row not in edited]
-
-    def _outcome(self, task: Task, number: int, right: bool, trained: tuple[bool, float] | None) -> Outcome:
-        language = task.edits[number].versions[0].language
-        cut = task.cache.want([task.edits[number].versions[0].probe])[0] in task.cache.cut
-        note = " (text cut at the model's length limit)" if cut else ""
-        if trained is None:
-            if right:
-                return Outcome("already-right", f"right in {language} when its turn came{note}")
-            return Outcome("lost", f"was right, but other edits changed the shared weights: wrong in {language}{note}")
-        fitted, seconds = trained
-        if right:
-            status, message = "edited", f"right in {language}"
-        elif fitted:
-            status, message = "lost", f"was right, but other edits changed the shared weights: wrong in {language}"
-        else:
-            status, message = "failed", f"still wrong in {language}"
-        return Outcome(status, message + note, {"up": (), "down": ()}, GROUP, seconds)  # type: ignore[arg-type]
+    def _parts(
+        self, ffn: TrainableFFN, site: FFNSite, objective: Objective, rows: EditRows, config: FineTuneConfig
+    ) -> tuple[dict[str, DenseDelta | LowRankDelta], str]:
+        """The parts, and what cutting them changed; afterwards `ffn` computes what the parts do."""
+        up, up_bias, down, down_bias = ffn.deltas()
+        assert up is not None and down is not None  # every linear has a weight
+        if config.rank is None:
+            return {"up": DenseDelta(site.up, up, up_bias), "down": DenseDelta(site.down, down, down_bias)}, ""
+        edited = torch.tensor(sorted({row for plan in rows.plans for row in plan.rows}), device=rows.device)
+        before = [_all(objective, each) for each in (edited, rows.memory)]
+        cuts = [cut(up, config.rank), cut(down, config.rank)]
+        for number, found in zip((0, 2), cuts, strict=True):
+            ffn.replace(number, found.product)
+        moved = [_moved(a, _all(objective, each)) for a, each in zip(before, (edited, rows.memory), strict=True)]
+        return {"up": cuts[0].at(site.up), "down": cuts[1].at(site.down)}, _note(cuts, moved)
 
 
-def _parts(ffn: TrainableFFN, site: FFNSite) -> dict[str, DenseDelta]:
-    up, up_bias, down, down_bias = ffn.deltas()
-    assert up is not None and down is not None  # every linear has a weight
-    return {"up": DenseDelta(site.up, up, up_bias), "down": DenseDelta(site.down, down, down_bias)}
+@torch.no_grad()
+def _all(objective: Objective, rows: torch.Tensor) -> torch.Tensor:
+    return torch.cat([objective.logits(some) for some in rows.split(4096)]) if len(rows) else rows.new_zeros(0)
 
 
-def _check(site: FFNSite) -> None:
+def _moved(before: torch.Tensor, after: torch.Tensor) -> float:
+    return float((after - before).abs().max()) if before.numel() else 0.0
+
+
+def _note(cuts: list[Cut], moved: list[float]) -> str:
+    shares = ", ".join(f"{name} {found.error:.3g}" for name, found in zip(("up", "down"), cuts, strict=True))
+    return (
+        f"; cut to rank {cuts[0].down.shape[0]}: relative error {shares}; logits move by at most {moved[0]:.3g} on the edits' texts, "
+        f"{moved[1]:.3g} on the memory"
+    )
+
+
+def check_plain(site: FFNSite, what: str) -> None:
+    """Raise `MismatchError` where the FFN is not two linears around a known activation."""
     if site.kind != "plain":
         found = "gated" if site.kind == "gated" else "a mixture of experts"
         raise MismatchError(
-            f"FFN {site.name!r} is {found}; fine-tuning knows FFNs of two linears; use method 't-patcher' or 'mpn'"
+            f"FFN {site.name!r} is {found}; {what} knows FFNs of two linears; use method 't-patcher' or 'mpn'"
         )
     if site.activation not in ACTIVATE:
         raise MismatchError(f"FFN {site.name!r} has the activation {site.activation!r}; known: {', '.join(ACTIVATE)}")

@@ -34,6 +34,12 @@ class TrainableFFN:
         with torch.no_grad():
             return self._forward(x, self.start)
 
+    def replace(self, number: int, delta: torch.Tensor) -> None:
+        """Make weight `number` the model's own plus `delta`."""
+        start = self.start[number]
+        assert start is not None
+        self.weights[number] = (start + delta.to(start)).requires_grad_(True)
+
     def deltas(self) -> list[torch.Tensor | None]:
         """What training added to each of `weights`, on the CPU."""
         return [
@@ -67,7 +73,8 @@ class Objective:
     def fit(self, rows: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> bool:
         """Train until `rows` get `labels`, with a fresh optimiser; whether they do in the end."""
         config = self._config
-        parameters = [w for w in self._ffn.weights if w is not None]
+        weights = self._ffn.weights if config.rank is None else self._ffn.weights[::2]  # no biases
+        parameters = [w for w in weights if w is not None]
         kind = torch.optim.Adam if config.optimiser == "adam" else torch.optim.RMSprop
         optimiser = kind(parameters, lr=config.learning_rate)
         for _ in range(config.steps):

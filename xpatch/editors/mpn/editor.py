@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xpatch.editors.base import MethodInfo, register
 from xpatch.editors.mpn.config import LM_PRESETS, PRESETS
-from xpatch.editors.mpn.samplers import all_parallel, one_parallel
+from xpatch.editors.samplers import all_parallel, one_parallel
 from xpatch.editors.t_patcher.editor import EDITS, MODELS, PatchNeuronEditor
 
 _PAPER = "Si, Zhang and Zhang 2024, MPN: Leveraging Multilingual Patch Neuron for Cross-lingual Model Editing"

@@ -13,10 +13,10 @@ import dataclasses
 import torch
 
 from xpatch.editors.base import MethodInfo, register
-from xpatch.editors.mpn.samplers import all_parallel
 from xpatch.editors.mpn_masked.config import PRESETS, MaskedConfig
 from xpatch.editors.mpn_masked.masks import Lesson, learn
 from xpatch.editors.mpn_masked.rows import MaskedRows, spoken
+from xpatch.editors.samplers import all_parallel
 from xpatch.editors.t_patcher.config import NeuronConfig
 from xpatch.editors.t_patcher.editor import PART, PatchNeuronEditor, _activation
 from xpatch.editors.task import Edit, Product, Task, Wording

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -62,9 +63,9 @@ class MaskedRows(FeatureCache):
     def __len__(self) -> int:
         return len(self._known)
 
-    def want(self, probes: Iterable[Probe]) -> list[int]:
-        """Row numbers of `Spoken` probes."""
-        asked = list(probes)
+    def want(self, probes: Iterable[Probe], limit: int | None = None) -> list[int]:
+        """Row numbers of (the first `limit` of) `Spoken` probes."""
+        asked = list(itertools.islice(probes, limit))
         codes = [self._code.get(probe.language, len(self._code)) for probe in asked if isinstance(probe, Spoken)]
         return [
             self._known.setdefault(pair, len(self._known)) for pair in zip(self._plain.want(asked), codes, strict=True)

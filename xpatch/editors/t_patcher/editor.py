@@ -13,12 +13,12 @@ from collections.abc import Mapping
 import torch
 
 from xpatch.editors.base import MethodInfo, register
+from xpatch.editors.samplers import Sampler, own_language
 from xpatch.editors.subject import SubjectKind
 from xpatch.editors.t_patcher.config import LM_PRESETS, PRESETS, NeuronConfig
 from xpatch.editors.t_patcher.coordinates import Coordinates
 from xpatch.editors.t_patcher.plans import slots_of
 from xpatch.editors.t_patcher.rows import LOGITS, EditRows
-from xpatch.editors.t_patcher.samplers import Sampler, own_language
 from xpatch.editors.t_patcher.train import train
 from xpatch.editors.task import Outcome, Product, Task
 from xpatch.errors import MismatchError

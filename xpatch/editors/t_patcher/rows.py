@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from xpatch.editors.samplers import Sampler
 from xpatch.editors.t_patcher.config import NeuronConfig
 from xpatch.editors.t_patcher.coordinates import Coordinates
 from xpatch.editors.t_patcher.neurons import Neurons
 from xpatch.editors.t_patcher.plans import Plan, Slots
-from xpatch.editors.t_patcher.samplers import Sampler
 from xpatch.editors.t_patcher.train import Problem
 from xpatch.editors.task import Edit, Task
 

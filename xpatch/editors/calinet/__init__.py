@@ -1,0 +1,1 @@
+"""CaliNet: memory slots beside the final FFN, trained on all facts together."""

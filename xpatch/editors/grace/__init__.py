@@ -1,0 +1,1 @@
+"""GRACE: a codebook of keys, radii and values at the final FFN."""
