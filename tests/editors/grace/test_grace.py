@@ -126,8 +126,10 @@ def test_edits_on_one_key_stay_together_and_the_papers_are_one_group() -> None:
 def test_contradicting_edits_leave_the_later_one() -> None:
     model, tokenizer = model_of("bert"), tokenizer_of("bert")
     answer = ask(model, tokenizer, ["name1 was born in city1"])[0]
+    # The same row under two texts: the tokenizer's words are parted by any white space.
     requests = [
-        {"id": str(step), "text": "name1 was born in city1", "target": str((answer + step) % 3)} for step in (1, 2)
+        {"id": str(step), "text": " " * step + "name1 was born in city1", "target": str((answer + step) % 3)}
+        for step in (1, 2)
     ]
     patches = train(model, tokenizer, requests)
     assert [record.status for record in patches.edits] == ["lost", "edited"]
