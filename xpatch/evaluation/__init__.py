@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xpatch.evaluation.alone import evaluate_alone
 from xpatch.evaluation.bootstrap import Estimate
 from xpatch.evaluation.metrics import Metrics, measure
 from xpatch.evaluation.predict import batches, label_index, label_names, predict, predict_indices
@@ -16,6 +17,7 @@ __all__ = [
     "Report",
     "batches",
     "evaluate",
+    "evaluate_alone",
     "label_index",
     "label_names",
     "measure",

@@ -65,8 +65,8 @@ class Readings:
             best = logits.topk(2, dim=-1).values
             found[here] = logits.argmax(-1).numpy()
             close[here] = (best[:, 0] - best[:, 1] <= CLOSE * (1 + logits.abs().amax(-1))).numpy()
-        again = np.flatnonzero(close)
-        if len(again):
+        again = np.flatnonzero(close).tolist()
+        if again:
             asked = None if languages is None else [languages[i] for i in again]
             found[again] = predict_indices(
                 self.model, self.tokenizer, [probes[i] for i in again], batch_size=self.batch_size, languages=asked
@@ -93,7 +93,8 @@ class Readings:
     def _read(self, probes: Iterable[Probe]) -> np.ndarray:
         """Row numbers `[M]`; reads what is new."""
         before = len(self._rows)
-        at, fresh = [], []
+        at: list[int] = []
+        fresh: list[Probe] = []
         for probe in probes:
             key = (probe.text, probe.text_pair)
             row = self._rows.setdefault(key, len(self._rows))

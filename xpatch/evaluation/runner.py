@@ -71,7 +71,7 @@ def evaluate(
 
     if isinstance(patches, (str, Path)):
         patches = api.load(patches)
-    with _applied(api, model, tokenizer, patches):
+    with applied(api, model, tokenizer, patches):
         runtime = runtime_of(model)
         masked = runtime is not None and runtime.snapshot.masked
         languages = [question.language for question in questions] if masked else None
@@ -88,7 +88,7 @@ def evaluate(
         else:
             before = [x for by in baseline.predictions.values() for answers in by.values() for x in answers.before]
             questions, after = _in_report_order(questions, after)
-    predictions = _collect(questions, before, after.tolist())
+    predictions = collect(questions, before, after.tolist())
     chosen = _needed(checked, patches, needed, predictions)
     return Report(
         model=type(model).__name__,
@@ -113,9 +113,10 @@ def _in_report_order(questions: list[Question], after: Any) -> tuple[list[Questi
     return [questions[row] for row in order], after[order]
 
 
-def _collect(
+def collect(
     questions: Sequence[Question], before: Sequence[int], after: Sequence[int]
 ) -> dict[str, dict[str, Answers]]:
+    """Questions with their answers, as a report stores them."""
     kinds: dict[str, dict[str, list[tuple[Any, ...]]]] = {}
     for q, was, now in zip(questions, before, after, strict=True):
         kinds.setdefault(q.kind, {}).setdefault(q.language, []).append((q.id, q.cluster, q.gold, was, now, q.own))
@@ -145,7 +146,8 @@ def _needed(
 
 
 @contextlib.contextmanager
-def _applied(api: Any, model: Any, tokenizer: Any, patches: Any) -> Iterator[None]:
+def applied(api: Any, model: Any, tokenizer: Any, patches: Any) -> Iterator[None]:
+    """The set applied for the duration, nothing where it is none."""
     if patches is None or not patches.parts:  # a set whose edits were all right already, or all failed
         yield
         return
