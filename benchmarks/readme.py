@@ -67,7 +67,8 @@ def block(results: Path) -> str:
 def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """MPN's Table 1, what a user gets, and methods measured one edit at a time."""
     alone = views.alone_table(rows)
-    made = [views.paper_table(rows), views.user_table([row for row in rows if not row.get("label")])]
+    default = [row for row in rows if row.get("preset") == "default" and not row.get("label")]
+    made = [views.paper_table(rows), views.user_table(default)]
     return [view.markdown() for view in (*made, *([alone] if alone else []))]
 
 

@@ -76,7 +76,7 @@ def values_any(report: Report) -> dict[str, Any]:
 
 def goals(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the default preset of `mpn` set out to reach, and what it reached."""
-    by_name = {(row["method"], row["preset"]): row for row in rows}
+    by_name = {(row["method"], row["preset"]): row for row in rows if not row.get("label")}
     mpn = by_name.get(("mpn", "default"))
     if mpn is None:
         return []

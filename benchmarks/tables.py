@@ -47,8 +47,8 @@ def run(
     """Make the parts and write each to its file as soon as it is finished; part -> result.
 
     quick: small sizes where none are given. edits, locality, seeds, methods, presets, overrides: as in `crosslingual.run`.
-    matrix_edits: edits in each language. editors, bases_folder: where trained editors and fine-tuned bases lie, by default `editors` and
-    `bases` in the work folder; bases that are missing are made there, in minutes. tell: hears one line a finished part.
+    matrix_edits: edits in each language. editors, bases_folder: where trained editors (`METHOD-MODE`, those of other bases in a folder of the
+    base's name) and fine-tuned bases lie, by default `hyper_editors.work` beside `out` and `bases` in the work folder; bases that are missing are made there, in minutes. tell: hears one line a finished part.
     """
     if quick:
         edits, locality, matrix_edits, seeds = (
@@ -60,7 +60,7 @@ def run(
         raise xpatch.FormatError(f"there is no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
     out = Path(out)
     work = out.with_suffix(".work")
-    trained = Path(editors) if editors else work / "editors"
+    trained = Path(editors) if editors else out.with_name("hyper_editors.work")
     made_bases = Path(bases_folder) if bases_folder else work / "bases"
     model, tokenizer = zoo.load("verifier")
     readings = Readings(model, tokenizer)

@@ -50,7 +50,7 @@ def crosslingual(
     ] = None,
     presets: Annotated[str | None, typer.Option(help="Only these presets, comma separated.")] = None,
     editors: Annotated[
-        Path | None, typer.Option(help="Trained editors, one a folder (default: in the work folder).")
+        Path | None, typer.Option(help="Trained editors, one a folder (default: hyper_editors.work beside the file).")
     ] = None,
     bases: Annotated[
         Path | None, typer.Option(help="Fine-tuned bases; missing ones are made (default: in the work folder).")
