@@ -51,10 +51,8 @@ def run(
     base's name) and fine-tuned bases lie, by default `hyper_editors.work` beside `out` and `bases` in the work folder; bases that are missing are made there, in minutes. tell: hears one line a finished part.
     """
     if quick:
-        edits, locality, matrix_edits, seeds = (
-            QUICK[name] if given is None else given
-            for name, given in zip(QUICK, (edits, locality, matrix_edits, seeds), strict=True)
-        )
+        edits, locality = edits or QUICK["edits"], locality or QUICK["locality"]
+        matrix_edits, seeds = matrix_edits or QUICK["matrix_edits"], seeds or QUICK["seeds"]
     unknown = sorted(set(parts).difference(PARTS))
     if unknown:
         raise xpatch.FormatError(f"there is no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")

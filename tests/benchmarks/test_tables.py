@@ -118,6 +118,8 @@ def test_unknown_part(tmp_path):
 @pytest.mark.slow
 def test_everything_at_once(tmp_path, monkeypatch):
     """All parts on the bundled verifier in smallest sizes, one further base; what is finished is not made again."""
+    some = [claim for claim in data.every_claim("edit") if claim.fact.relation in ("P30", "P106", "P140")]
+    monkeypatch.setattr(claims.data, "every_claim", lambda split: some)
     monkeypatch.setattr(bases, "LANGUAGES", {"zh": ("zh",)})
     make = bases.make
     monkeypatch.setattr(bases, "make", lambda folder, name, **k: make(folder, name, **{**k, "steps": 3}))
