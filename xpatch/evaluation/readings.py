@@ -30,8 +30,9 @@ class Readings:
     """What one classifier without patches made of every text asked so far, for `xpatch.evaluate(..., readings=...)`.
 
     Answers equal those of whole calls: texts whose best two logits lie within `CLOSE` (relative to the largest) are asked in full.
-    (A text on the very edge of a gate's ball may fall to the other side, as it may in another batch.) The model's weights must not change meanwhile. Memory: two fp32 rows of width D a text, one where the residual is the FFN's
-    input (BERT). Raises `MismatchError` for a model whose head is not known.
+    (A text on the very edge of a gate's ball may fall to the other side, as it may in another batch.) The model's weights must not
+    change meanwhile. Memory: two fp32 rows of width D a text, one where the residual is the FFN's input (BERT). Raises
+    `MismatchError` for a model whose head is not known.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 256) -> None:
