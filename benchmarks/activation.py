@@ -261,9 +261,9 @@ def two_by_two(
                 kept = cache.load(store)
                 if kept is None:
                     row, report, _ = measure(model, tokenizer, asked, method, "default", seed, baseline, bar, **chosen)
-                    cache.keep(store, row, report)
+                    cache.keep(store, row, {"together": report})
                 else:
-                    row, report = kept
+                    row, report = kept[0], kept[1]["together"]
                 baseline = baseline or report
                 runs.append(row)
                 bar.end()

@@ -8,6 +8,7 @@ from typing import Any
 
 from .machine import write_text
 from .svg import Line, Panel, Series, curves, points
+from .views import languages_of
 
 COLOURS = {"original": 0, "ft": 1, "t-patcher": 2, "mpn-only": 3, "mpn": 4}
 
@@ -93,18 +94,15 @@ def cost_chart(result: Mapping[str, Any]) -> str:
 
 
 def best_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """One row a method for the charts: its default preset where there is one."""
+    """One row a method for the charts, those of MPN's Table 1: the default preset where there is one."""
     chosen: dict[str, Mapping[str, Any]] = {}
     for row in rows:
+        if row.get("label") or row.get("method") not in COLOURS:
+            continue
         key = row.get("method", row["name"])
         if key not in chosen or row.get("preset") == "default":
             chosen[key] = row
     return list(chosen.values())
-
-
-def languages_of(rows: Sequence[Mapping[str, Any]], field: str) -> list[str]:
-    """The languages of a field, in the order the rows have them."""
-    return list(dict.fromkeys(language for row in rows for language in row.get(field) or {}))
 
 
 def interval_of(row: Mapping[str, Any], field: str, language: str | None = None) -> Sequence[float] | None:

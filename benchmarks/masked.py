@@ -108,9 +108,9 @@ def _one(
     store = None if folder is None else folder / f"{method}-{seed}-{key}.json.gz"
     kept = cache.load(store)
     if kept is not None:
-        return kept
+        return kept[0], kept[1]["together"]
     row, report, _ = measure(model, tokenizer, asked, method, "default", seed, baseline, bar, memory=spared, **more)
-    cache.keep(store, row, report)
+    cache.keep(store, row, {"together": report})
     return row, report
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -32,6 +33,10 @@ class Protocol:
     locality_train: Mapping[str, Sequence]
     locality_test: Mapping[str, Sequence]
     groups: Mapping[str, Sequence[str]]
+    edit_rules: Sequence[str] = (
+        "The edit set is one claim for each subject of the verifier's split 'edit'; the classifier never saw these subjects. Facts "
+        "that are stated the other way round about another subject (capitals) are left out.",
+    )
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -59,8 +64,7 @@ class Protocol:
             "locality_test": {language: len(probes) for language, probes in self.locality_test.items()},
             "digest": self.digest,
             "rules": [
-                "The edit set is one claim for each subject of the verifier's split 'edit'; the classifier never saw these subjects. Facts "
-                "that are stated the other way round about another subject (capitals) are left out.",
+                *self.edit_rules,
                 "Which claims need an edit is decided by each method's own rule; the measures are taken after all edits are in place.",
                 "clg (MPN eq. 12) is measured on the parallel texts of the edits, the very texts MPN (all) is trained on.",
                 "clg_unseen is measured on paraphrases (templates 2 and 3) no editor trains on and no memory holds.",
@@ -77,28 +81,46 @@ def bundled(edits: int | None = None, locality: int | None = None, split: str = 
 
     Claims whose fact is stated the other way round about another subject are left out: they would be edited, or kept, twice.
     """
-    known = {(fact.relation, fact.subject, fact.object) for fact in data.facts()}
-    single = [
-        i
-        for i, item in enumerate(data.one_claim_per_subject(split))
-        if (INVERSE.get(item.fact.relation), item.fact.object, item.fact.subject) not in known
-    ]
-    requests, cases = data.requests(split, rephrases=TRAINED), data.cases(split, rephrases=UNSEEN)
-    chosen = [single[i] for i in _choose(len(single), edits)]
-    edited = {text for item in data.one_claim_per_subject(split) for texts in item.texts.values() for text in texts}
+    items = [item for item in data.one_claim_per_subject(split) if stated_once(item.fact)]
+    return assemble(
+        [items[i] for i in choose(len(items), edits)], locality, also_apart=data.one_claim_per_subject(split)
+    )
+
+
+def stated_once(fact: data.Fact) -> bool:
+    """Whether no other subject has a fact that is this one the other way round."""
+    return (INVERSE.get(fact.relation), fact.object, fact.subject) not in _known()
+
+
+def assemble(
+    items: Sequence[data.Claim],
+    locality: int | None,
+    edit_rules: Sequence[str] | None = None,
+    also_apart: Sequence[data.Claim] = (),
+) -> Protocol:
+    """A protocol that edits `items`, with `locality` claims of each kind and language in other texts than theirs."""
+    edited = {text for item in (*items, *also_apart) for texts in item.texts.values() for text in texts}
     parts, groups = {}, {}
     for kind, wordings in LOCALITY.items():
         subjects = [item.fact.subject for _ in wordings for item in data.claims(kind)]
         probes = data.locality(kind, templates=wordings)
         # Two subjects may share a label in one language; such a claim would be edited and kept at once.
         apart = [i for i in range(len(subjects)) if not any(found[i].text in edited for found in probes.values())]
-        kept = [apart[i] for i in _choose(len(apart), locality)]
+        kept = [apart[i] for i in choose(len(apart), locality)]
         parts[kind] = {language: [probes[language][i] for i in kept] for language in probes}
         groups[kind] = [subjects[i] for i in kept]
-    return Protocol([requests[i] for i in chosen], [cases[i] for i in chosen], parts["train"], parts["test"], groups)
+    made = [[data.request(item, wordings) for item in items] for wordings in (TRAINED, UNSEEN)]
+    more = {} if edit_rules is None else {"edit_rules": tuple(edit_rules)}
+    return Protocol(made[0], made[1], parts["train"], parts["test"], groups, **more)
 
 
-def _choose(size: int, limit: int | None) -> list[int]:
+@functools.cache
+def _known() -> frozenset[tuple[str, str, str]]:
+    return frozenset((fact.relation, fact.subject, fact.object) for fact in data.facts())
+
+
+def choose(size: int, limit: int | None) -> list[int]:
+    """Positions of a seeded choice, in order; all of them where there is no limit."""
     if limit is None or limit >= size:
         return list(range(size))
     return sorted(random.Random(0).sample(range(size), limit))

@@ -2,7 +2,7 @@
 
     python -m xpatch.benchmarks.readme README.md
 
-reads `crosslingual.json` (and, where they are, `demo.json`, `swap.json`, `kernel.json`, `kernel_stretch.json`, `latency.json` and the charts) from `benchmarks/results/` beside the README.
+reads `crosslingual.json` (and, where they are, its further parts, `demo.json`, `swap.json`, `kernel.json`, `kernel_stretch.json`, `latency.json` and the charts) from `benchmarks/results/` beside the README.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from xpatch import FormatError
 
-from . import markdown, speed_blocks
-from .charts import languages_of
+from . import markdown, speed_blocks, views
 from .machine import write_text
+from .tables import path_of
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 RESULTS = Path("benchmarks") / "results"
@@ -45,9 +45,9 @@ def block(results: Path) -> str:
     crosslingual, demo = _read(results / "crosslingual.json"), _read(results / "demo.json")
     parts: list[str] = []
     if crosslingual is not None:
-        parts += [paper_table(crosslingual["methods"]), user_table(crosslingual["methods"]), _origin(crosslingual)]
+        parts += [*_tables(crosslingual["methods"]), _origin(crosslingual)]
     elif demo is not None:
-        parts += [paper_table(demo["methods"]), user_table(demo["methods"])]
+        parts += _tables(demo["methods"])
     else:
         parts.append(
             "No results are committed yet; `xpatch bench crosslingual --json benchmarks/results/crosslingual.json` makes them."
@@ -55,12 +55,37 @@ def block(results: Path) -> str:
     parts += [
         f"![{title}]({(RESULTS / name).as_posix()})" for name, title in CHARTS.items() if (results / name).is_file()
     ]
+    parts += _further(results)
     if demo is not None:
         parts.append(_demo(demo))
     swap = _read(results / "swap.json")
     if swap is not None:
         parts.append(swap_table(swap))
     return "\n\n".join((*parts, *_speed(results)))
+
+
+def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """MPN's Table 1, what a user gets, and methods measured one edit at a time."""
+    alone = views.alone_table(rows)
+    default = [row for row in rows if row.get("preset") == "default" and not row.get("label")]
+    made = [views.paper_table(rows), views.user_table(default)]
+    return [view.markdown() for view in (*made, *([alone] if alone else []))]
+
+
+def _further(results: Path) -> list[str]:
+    """The other cross-lingual tables, each where its result file is."""
+    parts = []
+    for part in ("all-wrong", "zero-shot", "matrix"):
+        found = _read(path_of(results / "crosslingual.json", part))
+        if found is None:
+            continue
+        if part == "matrix":
+            view = views.matrix_summary(found["matrices"])
+        else:
+            rows = found["methods"]
+            view = views.paper_table(rows, part) if part == "all-wrong" else views.zero_shot_table(rows)
+        parts.append(f"**{view.title}**\n\n{view.markdown()}")
+    return parts
 
 
 def _speed(results: Path) -> list[str]:
@@ -76,52 +101,6 @@ def _speed(results: Path) -> list[str]:
     if latency is not None:
         parts.append(speed_blocks.latency_block(latency))
     return parts
-
-
-def paper_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The columns of MPN's Table 1, the published row under each method's first row."""
-    languages = languages_of(rows, "clg")
-    heads = [
-        "%",
-        "patches",
-        "reliability",
-        "MLG",
-        *(f"CLG {name}" for name in languages),
-        "CLG mean",
-        "locality train",
-        "locality test",
-    ]
-    body, seen = [], set()
-    for row in rows:
-        body.append([_label(row), *_paper_cells(row, languages)])
-        if row.get("paper") and row["name"] not in seen:
-            body.append(
-                ["*published*", *(f"*{cell}*" if cell else "" for cell in _paper_cells(row["paper"], languages))]
-            )
-        seen.add(row["name"])
-    note = "Published: MPN's Table 1, another model (mBERT) and data set (XFEVER): compare differences, not rows."
-    return f"{markdown.table(heads, body)}\n\n{note}"
-
-
-def user_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What a user of the patches gets, per language: needed edits right, in unseen wordings too, and what stayed."""
-    fields = {
-        "needed edits right": "clg_needed",
-        "unseen paraphrases right": "clg_unseen",
-        "other subjects unchanged": "unchanged",
-    }
-    languages = languages_of(rows, "unchanged")
-    body = [
-        [
-            _label(row) if title == next(iter(fields)) else "",
-            title,
-            *(_number(row[field].get(language)) for language in languages),
-        ]
-        for row in rows
-        if row.get("patches") or row.get("edits")
-        for title, field in fields.items()
-    ]
-    return markdown.table(["method", "%", *languages], body)
 
 
 def swap_table(result: Mapping[str, Any]) -> str:
@@ -165,26 +144,6 @@ def swap_table(result: Mapping[str, Any]) -> str:
         )
     table = markdown.table(["a fix goes live", "median (ms)", "of a swap"], body)
     return f"{table}\n\n{' '.join(notes)}"
-
-
-def _paper_cells(row: Mapping[str, Any], languages: Sequence[str]) -> list[str]:
-    clg = row.get("clg") or {}
-    values = [
-        row.get("reliability"),
-        row.get("mlg"),
-        *(clg.get(language) for language in languages),
-        row.get("clg_avg"),
-    ]
-    values += [row.get("locality_train"), row.get("locality_test")]
-    return [f"{row['patches']:g}", *map(_number, values)]
-
-
-def _label(row: Mapping[str, Any]) -> str:
-    return f"{row['name']}, {row['preset']}" if row.get("preset") else str(row["name"])
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
 
 
 def _origin(result: Mapping[str, Any]) -> str:

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import activation as activation_study
-from .charts import best_rows, clg_chart, interval_of, languages_of, unseen_chart, write_charts
+from . import views
+from .charts import best_rows, clg_chart, interval_of, unseen_chart, write_charts
 from .machine import write_text
+from .tables import path_of
+from .views import languages_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,11 +26,23 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def write(result: Mapping[str, Any], path: str | Path, activation: Mapping[str, Any] | None = None) -> Path:
-    """Write the page of a cross-lingual result (`run` of `crosslingual`, or the demo's JSON); returns the path."""
+def write(
+    result: Mapping[str, Any],
+    path: str | Path,
+    activation: Mapping[str, Any] | None = None,
+    further: Sequence[Mapping[str, Any]] = (),
+) -> Path:
+    """Write the page of a cross-lingual result (`run` of `crosslingual`, or the demo's JSON), with its further parts; returns the path."""
     path = Path(path)
-    write_text(page(result, activation), path)
+    write_text(page(result, activation, further), path)
     return path
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """The tables of a result for the terminal: of the table part the one with every column, else the first."""
+    if result.get("part", "table") == "table":
+        return [table(result)]
+    return [views.views(result)[0].rich()]
 
 
 def table(result: Mapping[str, Any]) -> Table:
@@ -44,7 +59,9 @@ def table(result: Mapping[str, Any]) -> Table:
             shown.add_column(head, justify="left" if head == "Method" else "right", no_wrap=head == "Method")
     rows = result["methods"]
     for i, row in enumerate(rows):
-        shown.add_row(" ".join(filter(None, (row["name"], row.get("preset")))), *_plain(row, languages))
+        shown.add_row(
+            " ".join(filter(None, (row["name"], row.get("preset"), row.get("label")))), *_plain(row, languages)
+        )
         if row.get("paper") and row["name"] not in [later["name"] for later in rows[i + 1 :]]:
             shown.add_row("  published", *_plain(row["paper"], languages), style="dim")
     return shown
@@ -58,13 +75,26 @@ def _plain(row: Mapping[str, Any], languages: Sequence[str]) -> list[str]:
     return made
 
 
-def page(result: Mapping[str, Any], activation: Mapping[str, Any] | None = None) -> str:
+def page(
+    result: Mapping[str, Any],
+    activation: Mapping[str, Any] | None = None,
+    further: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """The HTML text."""
     header = result.get("header", {})
     sections = [
         _section("Every language, every method", clg_chart(result) + unseen_chart(result), wide=True),
         _section("Beside the paper", _table(result["methods"]) + _rules(result)),
     ]
+    if all("locality_train_by_language" in row for row in result["methods"]):
+        more = [views.alone_table(result["methods"]), views.locality_table(result["methods"])]
+        sections += [_section(view.title, view.html()) for view in more if view is not None]
+    for part in further:
+        first, *rest = views.views(part)
+        folded = "".join(
+            f"<details><summary>{escape(view.title)}</summary>{view.html()}</details>" for view in rest if view.body
+        )
+        sections.append(_section(first.title, first.html() + folded))
     if result.get("examples"):
         sections.append(_section("Before and after", _examples(result["examples"])))
     if activation:
@@ -103,7 +133,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = [h for title, _ in COLUMNS for h in (languages if title == "clg" else [title])]
     body = []
     for i, row in enumerate(rows):
-        preset = f" <small>{escape(row['preset'])}</small>" if row.get("preset") else ""
+        apart = ", ".join(filter(None, (row.get("preset"), row.get("label"))))
+        preset = f" <small>{escape(apart)}</small>" if apart else ""
         body.append(f"<tr><th scope=row>{escape(row['name'])}{preset}</th>{''.join(_cells(row, languages))}</tr>")
         if row.get("paper") and row["name"] not in [later["name"] for later in rows[i + 1 :]]:
             mark = "*" if row["paper"].get("note") else ""
@@ -217,7 +248,9 @@ def main() -> None:
     found = parser.parse_args()
     result = json.loads(found.result.read_text(encoding="utf-8"))
     study = json.loads(found.activation.read_text(encoding="utf-8")) if found.activation else None
-    write(result, found.out, study)
+    parts = [path_of(found.result, part) for part in ("all-wrong", "zero-shot", "matrix")]
+    further = [json.loads(path.read_text(encoding="utf-8")) for path in parts if path.is_file()]
+    write(result, found.out, study, further)
     write_charts(result, found.out.parent)
 
 

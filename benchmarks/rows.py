@@ -9,7 +9,6 @@ from typing import Any
 import xpatch
 from xpatch.evaluation import Estimate, Metrics, Report, pool
 
-from . import paper
 from .protocol import Protocol
 
 SCALARS = (
@@ -20,15 +19,20 @@ BY_LANGUAGE = (
     "before", "clg", "clg_needed", "clg_unseen", "clg_unseen_all", "clg_needed_any", "clg_unseen_any", "unchanged",
     "unchanged_train", "unchanged_test", "locality_train_by_language", "locality_test_by_language",
 )  # fmt: skip
-COUNTS = ("patches", "edits", "failed", "seconds", "edits_per_s")
+COUNTS = ("patches", "edits", "failed", "seconds", "edits_per_s", "cpu_s")
 
 
-def summarise(rows: Sequence[dict[str, Any]], reports: Sequence[Report]) -> dict[str, Any]:
-    """One row for all seeds: means, their standard deviation over seeds, and intervals bootstrapped over subjects."""
+def summarise(
+    rows: Sequence[dict[str, Any]], reports: Sequence[Report], published: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One row for all seeds: means, their standard deviation over seeds, and intervals bootstrapped over subjects.
+
+    published: the row of the paper's table.
+    """
     first = rows[0]
     joint = pool(reports)
     any_ = pool([_any(report) for report in reports])
-    summary = {"name": first["name"], "method": first["method"], "preset": first["preset"]}
+    summary = {key: first.get(key) for key in ("name", "method", "preset", "label", "languages")}
     spread: dict[str, Any] = {}
     for field in (*COUNTS, *SCALARS):
         summary[field], spread[field] = _mean([row[field] for row in rows])
@@ -43,7 +47,7 @@ def summarise(rows: Sequence[dict[str, Any]], reports: Sequence[Report]) -> dict
         "intervals": {**_intervals(joint), **_intervals(any_, "_any")},
         "spread": spread if len(rows) > 1 else {},
         "runs": list(rows),
-        "paper": paper.row(first["method"]),
+        "paper": published,
     }
 
 
@@ -72,7 +76,7 @@ def values_any(report: Report) -> dict[str, Any]:
 
 def goals(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the default preset of `mpn` set out to reach, and what it reached."""
-    by_name = {(row["method"], row["preset"]): row for row in rows}
+    by_name = {(row["method"], row["preset"]): row for row in rows if not row.get("label")}
     mpn = by_name.get(("mpn", "default"))
     if mpn is None:
         return []

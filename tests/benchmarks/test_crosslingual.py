@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 import xpatch
-from xpatch.benchmarks import crosslingual
+from xpatch.benchmarks import crosslingual, plan
+from xpatch.benchmarks.plan import Row
 from xpatch.benchmarks.protocol import bundled
 from xpatch.benchmarks.rows import BY_LANGUAGE, SCALARS, goals
 
@@ -56,17 +58,18 @@ def test_finished_runs_are_reused_until_something_changes(model, tokenizer, prot
     assert len(kept) == 3 and (tmp_path / "r.work" / ".gitignore").read_text() == "*\n"
     kept[1].unlink()
     asked = []
-    measure = crosslingual.measure
-    monkeypatch.setattr(crosslingual, "measure", lambda *a, **k: asked.append(a[3:6]) or measure(*a, **k))
+    measure = crosslingual.measure_row
+    tell = lambda *a, **k: asked.append((a[3].method, a[3].preset, a[4])) or measure(*a, **k)  # noqa: E731
+    monkeypatch.setattr(crosslingual, "measure_row", tell)
     again = run(model, tokenizer, protocol, out, methods=("original", "mpn"), presets=("default",))
     assert asked == [("mpn", "default", 1)]
     for row in (*first["methods"], *again["methods"]):
         for part in (row, row["spread"], *row["runs"]):
-            for timing in ("seconds", "edits_per_s"):
+            for timing in ("seconds", "edits_per_s", "cpu_s"):
                 part.pop(timing, None)
     assert first["methods"] == again["methods"]
     asked.clear()
-    run(model, tokenizer, protocol, out, methods=("original",), seeds=(0,), steps=4)
+    run(model, tokenizer, protocol, out, methods=("original",), seeds=(0,), steps=4)  # another setting, another run
     assert asked == [("original", None, 0)]
 
 
@@ -76,6 +79,72 @@ def test_examples_name_the_answers(model, tokenizer, protocol):
     for example in result["examples"]:
         assert set(example["languages"]) == {"en", "de", "zh"}
         assert all(found["before"] in ("REFUTES", "SUPPORTS") for found in example["languages"].values())
+
+
+def test_a_row_that_cannot_be_run_is_skipped_with_its_reason(model, tokenizer, protocol, tmp_path):
+    rows = (
+        Row("original", seeded=False),
+        Row("no-such-method", "default"),
+        Row("mpn", "no-such-preset"),
+        Row("mpn", "default", "a setting it has not", {"no_such_setting": 1}),
+        Row("t-patcher", "default", editor="nobody"),
+        Row("t-patcher", "default"),
+    )
+    result = run(model, tokenizer, protocol, rows=rows, methods=None, seeds=(0,), part="zero-shot", editors=tmp_path)
+    assert [row["method"] for row in result["methods"]] == ["original", "t-patcher"]
+    reasons = [found["reason"] for found in result["skipped"]]
+    wanted = ("no such method", "no-such-preset", "no_such_setting", "no trained editor at")
+    assert len(reasons) == 4 and all(want in reason for want, reason in zip(wanted, reasons, strict=True))
+
+
+def test_rows_differ_in_settings_and_languages(model, tokenizer, protocol, tmp_path):
+    rows = (
+        Row("mpn", "default", "en + de", languages=("en", "de")),
+        Row("mpn", "default", "more neurons", {"neurons": 5, "max_neurons": 5}),
+        Row("mpn", "default"),
+    )
+    result = run(model, tokenizer, protocol, tmp_path / "r.json", rows=rows, methods=None, seeds=(0,), part="zero-shot")
+    fewer, more, plain = result["methods"]
+    assert fewer["languages"] == ["en", "de"] and fewer["label"] == "en + de" and plain["languages"] is None
+    assert more["patches"] % 5 == 0 and more["patches"] >= 5 * more["edits"] - 5 * more["failed"] > 0
+    assert fewer["edits"] <= plain["edits"]
+    assert len(list((tmp_path / "r.work").glob("*.json.gz"))) == 3
+
+
+def test_rows_are_also_measured_one_edit_at_a_time(model, tokenizer, protocol):
+    rows = (Row("t-patcher", "default", alone=True),)
+    result = run(model, tokenizer, protocol, rows=rows, methods=None, seeds=(0, 1), part="zero-shot", steps=60)
+    (row,) = result["methods"]
+    assert row["alone"]["edit_set"] <= 10 and set(row["alone"]["clg_unseen"]) == {"en", "de", "zh"}
+    assert row["alone"]["clg_needed"]["en"] >= row["clg_needed"]["en"] - 1e-6  # nothing else disturbs it
+    assert len(row["alone"]["runs"]) == 2
+
+
+def test_the_plan_is_data():
+    for rows in (plan.TABLE, plan.ALL_WRONG, plan.ZERO_SHOT, plan.MATRIX):
+        assert len({row.key for row in rows}) == len(rows)
+    known = {row.method for row in plan.TABLE}
+    assert set(xpatch.methods()) <= known | {row.method for row in plan.chosen(plan.TABLE, None, None, others=True)}
+    assert [row.key for row in plan.chosen(plan.TABLE, ["mpn"], ["paper"])] == ["mpn-paper"]
+    left = [row for row in plan.ZERO_SHOT if row.method == "mpn" and row.label.startswith("without")]
+    assert {row.label[-2:] for row in left} == {"de", "fr", "es", "zh", "ar"}
+    assert all(row.label[-2:] not in row.languages and len(row.languages) == 5 for row in left)
+
+
+def test_an_editor_counts_by_its_files(model, protocol, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "editor.json").write_text("{}")
+    key = lambda name: crosslingual.cache.key(model, protocol, {"editor": str(tmp_path / name)}, "mpn")  # noqa: E731
+    assert key("a") == key("b")
+    (tmp_path / "b" / "editor.json").write_text("{ }")
+    assert key("a") != key("b")
+
+
+def test_a_methods_key_holds_the_code_it_uses():
+    folders = crosslingual.cache._folders(Path(xpatch.__file__).parent / "editors", "mpn")
+    assert {"mpn", "t_patcher"} <= folders and "ft" not in folders
+    assert "ft" in crosslingual.cache._folders(Path(xpatch.__file__).parent / "editors", None)
 
 
 def test_unknown_method(model, tokenizer, protocol):

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 from xpatch.zoo.verifier import checkpoint, pretrain
-from xpatch.zoo.verifier.classify import best_shift, english_batch
+from xpatch.zoo.verifier.classify import best_shift, claims_batch
 from xpatch.zoo.verifier.corpus import MASK, Corpus
 from xpatch.zoo.verifier.data import LANGUAGES, facts, sentence
 from xpatch.zoo.verifier.tokenizer import build
@@ -50,8 +50,8 @@ def test_batches_mask_what_they_ask_for(corpus, kind, length):
     assert (batch["attention_mask"].flatten()[at] == 1).all()
 
 
-def test_english_batches_are_balanced(tokenizer):
-    batch, labels = english_batch(tokenizer, random.Random(0), 16)
+def test_claims_batches_are_balanced(tokenizer):
+    batch, labels = claims_batch(tokenizer, random.Random(0), 16)
     assert labels.sum() == 8 and len(batch["input_ids"]) == 16
 
 

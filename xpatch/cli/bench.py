@@ -1,4 +1,4 @@
-"""`xpatch bench crosslingual`: every method on the bundled verifier's edit set, with MPN's Table 1 beside it.
+"""`xpatch bench crosslingual`: every method on the bundled verifier's claims, in the form of MPN's tables and XME's matrices.
 
 `xpatch bench swap`: patches in production: swap against reload, a soak of many threads, crashes, damaged files, start-up.
 
@@ -29,42 +29,67 @@ def crosslingual(
     json_file: Annotated[
         Path, typer.Option("--json", help="Result file; finished runs are kept beside it and reused.")
     ],
+    parts: Annotated[
+        str, typer.Option(help="table, all-wrong, zero-shot, matrix; comma separated (default: all).")
+    ] = "table,all-wrong,zero-shot,matrix",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few edits and one seed, for a first look; sizes given count.")
+    ] = False,
     edits: Annotated[
-        int | None, typer.Option(min=1, help="At most so many claims in the edit set (default: all).")
+        int | None, typer.Option(min=1, help="At most so many claims in the edit sets (default: all).")
     ] = None,
     locality: Annotated[
         int | None, typer.Option(min=1, help="At most so many locality claims of each kind and language.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0,1,2",
-    methods: Annotated[str, typer.Option(help="Methods, comma separated.")] = "original,ft,t-patcher,mpn-only,mpn",
-    presets: Annotated[str, typer.Option(help="Presets, comma separated.")] = "paper,default",
+    matrix_edits: Annotated[
+        int | None, typer.Option(min=1, help="Edits of the matrix in each language (default: 100).")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, comma separated (default: 0,1,2).")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Only these methods, comma separated; 'original' is the unpatched model.")
+    ] = None,
+    presets: Annotated[str | None, typer.Option(help="Only these presets, comma separated.")] = None,
+    editors: Annotated[
+        Path | None, typer.Option(help="Trained editors, one a folder (default: hyper_editors.work beside the file).")
+    ] = None,
+    bases: Annotated[
+        Path | None, typer.Option(help="Fine-tuned bases; missing ones are made (default: in the work folder).")
+    ] = None,
 ) -> None:
-    """Train and measure every method with every preset and seed: Table 1 of the MPN paper on the bundled verifier.
+    """Train and measure every method with every preset and seed: the tables of MPN and the matrices of XME on the bundled verifier.
 
-    Example: xpatch bench crosslingual --edits 100 --locality 200 --seeds 0 --json crosslingual.json
+    Each part is a file of its own beside the first. Finished rows are kept, so an interrupted run goes on where it stopped.
+
+    Example: xpatch bench crosslingual --quick --parts table --json crosslingual.json
     """
-    chosen = _words("--methods", methods)
-    for method in chosen:
+    chosen = None if methods is None else _words("--methods", methods)
+    for method in chosen or ():
         if method != "original":
             check_method(method)
-    numbers = _words("--seeds", seeds)
-    if not all(word.isdecimal() for word in numbers):
+    numbers = None if seeds is None else _words("--seeds", seeds)
+    if not all(word.isdecimal() for word in numbers or ()):
         raise XpatchError(f"--seeds: expected whole numbers such as 0,1,2; found {seeds!r}")
     check_out_file(json_file, "--json")
-    from xpatch.benchmarks import crosslingual as benchmark
-    from xpatch.benchmarks import report
+    from xpatch.benchmarks import report, tables
 
     with quiet_transformers():
-        result = benchmark.run(
+        results = tables.run(
             json_file,
+            parts=_words("--parts", parts),
+            quick=quick,
             edits=edits,
             locality=locality,
-            seeds=[int(word) for word in numbers],
+            matrix_edits=matrix_edits,
+            seeds=None if numbers is None else [int(word) for word in numbers],
             methods=chosen,
-            presets=_words("--presets", presets),
+            presets=None if presets is None else _words("--presets", presets),
+            editors=editors,
+            bases_folder=bases,
+            tell=lambda line: stdout().print(line, markup=False, highlight=False),
         )
-    stdout().print(report.table(result))
-    stdout().print(f"{json_file}", markup=False)
+    for result in results.values():
+        for shown in report.tables(result):
+            stdout().print(shown)
 
 
 @commands.command()

@@ -24,7 +24,7 @@ def measure_all(
 
     The rows are those of `xpatch bench crosslingual`, with intervals and the published row under `paper`.
     """
-    from xpatch.benchmarks import crosslingual
+    from xpatch.benchmarks import crosslingual, paper
     from xpatch.benchmarks import rows as benchmark_rows
 
     rows: list[dict[str, Any]] = []
@@ -35,7 +35,7 @@ def measure_all(
         tell(f"{number}/{len(METHODS)} {method}")
         row, report, found = crosslingual.measure(model, tokenizer, protocol, method, preset, seed, baseline)
         baseline = baseline or report
-        rows.append(benchmark_rows.summarise([row], [report]))
+        rows.append(benchmark_rows.summarise([row], [report], paper.row(method)))
         if method == "mpn":
             patches, examples = found, benchmark_rows.choose_examples(protocol, report)
     assert patches is not None

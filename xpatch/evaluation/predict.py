@@ -14,7 +14,7 @@ import torch
 
 from xpatch.errors import MismatchError
 from xpatch.patches.requests import Probe
-from xpatch.runtime.routing import rows as choose
+from xpatch.runtime.routing import rows as routed
 
 
 def predict(model: Any, tokenizer: Any, probes: Sequence[Probe | str], *, batch_size: int = 256) -> list[str]:
@@ -32,16 +32,17 @@ def predict_indices(
     tokenizer: Any,
     probes: Sequence[Probe | str],
     *,
-    languages: Sequence[str] | None = None,
     batch_size: int = 256,
+    languages: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """As `predict`, but class indices: int64 `[len(probes)]`. languages: one per probe, for patches behind language masks."""
+    """As `predict`, but class indices: int64 `[len(probes)]`. languages: one code a probe, for patches with language masks."""
     label_names(model)
+    if languages is not None and len(languages) != len(probes):
+        raise ValueError(f"expected one language a probe, found {len(languages)} for {len(probes)} probes")
     found = np.zeros(len(probes), dtype=np.int64)
     with _evaluating(model), torch.no_grad():
         for rows, inputs in batches(model, tokenizer, probes, batch_size=batch_size):
-            spoken = contextlib.nullcontext() if languages is None else choose(languages=[languages[i] for i in rows])
-            with spoken:
+            with spoken(None if languages is None else [languages[row] for row in rows]):
                 logits = getattr(model(**inputs), "logits", None)
             if logits is None or logits.ndim != 2:
                 raise MismatchError(
@@ -117,6 +118,11 @@ def label_index(model: Any, target: str, *, where: str = "target") -> int:
     if target.isdecimal() and int(target) < len(names):
         return int(target)
     raise MismatchError(f"{where}: label {target!r} is not one of the model's labels {names}; correct the target")
+
+
+def spoken(languages: Sequence[str] | None) -> contextlib.AbstractContextManager[Any]:
+    """`xpatch.rows(languages=...)`; with None whatever the caller's context says stays."""
+    return contextlib.nullcontext() if languages is None else routed(languages=languages)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,10 @@ from xpatch.errors import MismatchError
 from xpatch.evaluation.metrics import Answers, measure, needed_ids
 from xpatch.evaluation.predict import label_names, predict_indices
 from xpatch.evaluation.questions import Locality, Question, case_questions, digest, locality_questions
+from xpatch.evaluation.readings import Readings
 from xpatch.evaluation.report import Report
 from xpatch.patches.requests import EditRequest, as_requests
+from xpatch.runtime.attach import runtime_of
 
 ATTACHED_AS = "xpatch-evaluate"
 
@@ -28,6 +30,7 @@ def evaluate(
     locality_groups: Mapping[str, Sequence[str]] | None = None,
     needed: Iterable[str] | None = None,
     baseline: Report | None = None,
+    readings: Readings | None = None,
     seed: int = 0,
     batch_size: int = 256,
 ) -> Report:
@@ -43,10 +46,12 @@ def evaluate(
     needed: ids of the edits that were needed. Default: those the patches' ledger does not record as already right or rejected, else
     those the unpatched model gets wrong in any language.
     baseline: a report on the same model, cases and locality texts, whose unpatched predictions are reused.
+    readings: what this model made of texts before (`xpatch.evaluation.Readings`), for many evaluations of one model: each text is
+    read once, and patches at the final FFN are then measured on what was read, with the same answers.
 
-    Unpatched predictions are those of `xpatch.disabled`. Intervals are bootstrapped over subjects (or edits) from `seed`.
+    A set with language masks is asked each text in the language it is filed under. Unpatched predictions are those of `xpatch.disabled`. Intervals are bootstrapped over subjects (or edits) from `seed`.
     Raises `FormatError` (cases or locality that cannot be read, a missing target) and `MismatchError` (a label the model does
-    not have, ids not among the cases, patches or a baseline that do not fit).
+    not have, ids not among the cases, patches, a baseline or readings that do not fit).
     """
     checked = as_requests(cases)
     questions = [
@@ -59,21 +64,31 @@ def evaluate(
     if baseline is not None and baseline.probes != asked:
         raise MismatchError("the baseline report was made on other cases or locality texts; leave `baseline` out")
 
+    if readings is not None and readings.model is not model:
+        raise MismatchError("the readings are of another model object; make them with the one that is evaluated")
+
     from xpatch import api
 
     if isinstance(patches, (str, Path)):
         patches = api.load(patches)
-    # Each text is asked in its language where masks hang on it; elsewhere a call that names none is the plainer one.
-    spoken = [question.language for question in questions] if patches is not None and patches.masks else None
-    with _applied(api, model, tokenizer, patches):
-        after = predict_indices(model, tokenizer, probes, languages=spoken, batch_size=batch_size)
+    with applied(api, model, tokenizer, patches):
+        runtime = runtime_of(model)
+        masked = runtime is not None and runtime.snapshot.masked
+        languages = [question.language for question in questions] if masked else None
+        if readings is not None:
+            after = readings.after(probes, languages)
+        else:
+            after = predict_indices(model, tokenizer, probes, batch_size=batch_size, languages=languages)
         if baseline is None:
-            with api.disabled(model):
-                before = predict_indices(model, tokenizer, probes, batch_size=batch_size).tolist()
+            if readings is not None:
+                before = readings.before(probes).tolist()
+            else:
+                with api.disabled(model):
+                    before = predict_indices(model, tokenizer, probes, batch_size=batch_size).tolist()
         else:
             before = [x for by in baseline.predictions.values() for answers in by.values() for x in answers.before]
             questions, after = _in_report_order(questions, after)
-    predictions = _collect(questions, before, after.tolist())
+    predictions = collect(questions, before, after.tolist())
     chosen = _needed(checked, patches, needed, predictions)
     return Report(
         model=type(model).__name__,
@@ -98,9 +113,10 @@ def _in_report_order(questions: list[Question], after: Any) -> tuple[list[Questi
     return [questions[row] for row in order], after[order]
 
 
-def _collect(
+def collect(
     questions: Sequence[Question], before: Sequence[int], after: Sequence[int]
 ) -> dict[str, dict[str, Answers]]:
+    """Questions with their answers, as a report stores them."""
     kinds: dict[str, dict[str, list[tuple[Any, ...]]]] = {}
     for q, was, now in zip(questions, before, after, strict=True):
         kinds.setdefault(q.kind, {}).setdefault(q.language, []).append((q.id, q.cluster, q.gold, was, now, q.own))
@@ -130,7 +146,8 @@ def _needed(
 
 
 @contextlib.contextmanager
-def _applied(api: Any, model: Any, tokenizer: Any, patches: Any) -> Iterator[None]:
+def applied(api: Any, model: Any, tokenizer: Any, patches: Any) -> Iterator[None]:
+    """The set applied for the duration, nothing where it is none."""
     if patches is None or not patches.parts:  # a set whose edits were all right already, or all failed
         yield
         return

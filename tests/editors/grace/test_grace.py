@@ -125,10 +125,10 @@ def test_edits_on_one_key_stay_together_and_the_papers_are_one_group() -> None:
 
 def test_contradicting_edits_leave_the_later_one() -> None:
     model, tokenizer = model_of("bert"), tokenizer_of("bert")
-    answer = ask(model, tokenizer, ["name1 was born in city1"])[0]
-    # The same row under two texts: the tokenizer's words are parted by any white space.
+    answer = ask(model, tokenizer, ["name1 was born in nowhere1"])[0]
+    # The same row under two texts: the tokenizer knows neither of their last words.
     requests = [
-        {"id": str(step), "text": " " * step + "name1 was born in city1", "target": str((answer + step) % 3)}
+        {"id": str(step), "text": f"name1 was born in nowhere{step}", "target": str((answer + step) % 3)}
         for step in (1, 2)
     ]
     patches = train(model, tokenizer, requests)

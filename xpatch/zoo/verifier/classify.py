@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,10 +29,13 @@ from xpatch.zoo.verifier.tokenizer import save
 LENGTH = 24
 
 
-def english_batch(
-    tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int
+def claims_batch(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int, languages: Sequence[str] = ("en",)
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """`size` English claims on the classification facts, each fact once true and once with another object of its relation."""
+    """`size` claims on the classification facts, each fact once true and once with another object of its relation.
+
+    Each fact is stated in one of `languages`, in turn at random where there are several.
+    """
     texts: list[str] = []
     labels: list[int] = []
     while len(texts) < size:
@@ -40,8 +44,9 @@ def english_batch(
         if wrong is None:
             continue
         template = rng.randrange(TEMPLATES)
-        for label, obj in ((1, fact.labels["en"][1]), (0, wrong["en"])):
-            texts.append(sentence(fact.relation, "en", template, fact.labels["en"][0], obj))
+        language = rng.choice(languages) if len(languages) > 1 else languages[0]
+        for label, obj in ((1, fact.labels[language][1]), (0, wrong[language])):
+            texts.append(sentence(fact.relation, language, template, fact.labels[language][0], obj))
             labels.append(label)
     batch = tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
     return dict(batch), torch.tensor(labels)
@@ -118,7 +123,7 @@ def classify(
         for group in optimizer.param_groups:
             group["lr"] = peak * min((step + 1) / 100, 1.0, max((steps - step) / (0.5 * steps), 0.02))
         model.train()
-        batch, labels = english_batch(tokenizer, rng, 128)
+        batch, labels = claims_batch(tokenizer, rng, 128)
         with torch.autocast("cpu", torch.bfloat16):
             loss = torch.nn.functional.cross_entropy(model(**batch).logits.float(), labels)
             if masked_lm_weight > 0:

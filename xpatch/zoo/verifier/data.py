@@ -113,14 +113,18 @@ def claim(fact: Fact, true: bool, salt: str = "") -> Claim | None:
     )
     if objects is None:
         return None
-    texts = {
+    return Claim(f"{fact.key}-{'true' if true else 'false' + salt}", fact, LABELS[true], _texts(fact, objects))
+
+
+def _texts(fact: Fact, objects: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """language -> the fact's subject with this object (language -> label), once per template."""
+    return {
         language: tuple(
             sentence(fact.relation, language, index, fact.labels[language][0], objects[language])
             for index in range(TEMPLATES)
         )
         for language in LANGUAGES
     }
-    return Claim(f"{fact.key}-{'true' if true else 'false' + salt}", fact, LABELS[true], texts)
 
 
 @functools.cache
@@ -128,6 +132,21 @@ def claims(split: str, salt: str = "") -> tuple[Claim, ...]:
     """For every fact of a split, its true claim and one false claim."""
     made = (claim(fact, true, salt) for fact in facts(split) for true in (True, False))
     return tuple(item for item in made if item is not None)
+
+
+@functools.cache
+def every_claim(split: str) -> tuple[Claim, ...]:
+    """For every fact of a split, its true claim and one false claim for each other object of its relation."""
+    objects: dict[str, dict[str, dict[str, str]]] = collections.defaultdict(dict)
+    for fact in facts():
+        objects[fact.relation].setdefault(fact.object, {k: labels[1] for k, labels in fact.labels.items()})
+    made = []
+    for fact in facts(split):
+        for uri, labels in objects[fact.relation].items():
+            true = uri == fact.object
+            if true or _differs(labels, fact):
+                made.append(Claim(f"{fact.key}-{'true' if true else uri}", fact, LABELS[true], _texts(fact, labels)))
+    return tuple(made)
 
 
 @functools.cache
@@ -144,7 +163,7 @@ def one_claim_per_subject(split: str) -> tuple[Claim, ...]:
 
 def requests(split: str = "edit", rephrases: tuple[int, ...] = (1,)) -> list[EditRequest]:
     """One edit request per subject of a split: the canonical wording in six languages, its gold label, chosen paraphrases."""
-    return [_request(item, rephrases) for item in one_claim_per_subject(split)]
+    return [request(item, rephrases) for item in one_claim_per_subject(split)]
 
 
 def cases(split: str = "edit", rephrases: tuple[int, ...] = (2, 3)) -> list[EditRequest]:
@@ -170,7 +189,8 @@ def locality(split: str, templates: tuple[int, ...] = (2,), limit: int | None = 
     }
 
 
-def _request(item: Claim, rephrases: tuple[int, ...]) -> EditRequest:
+def request(item: Claim, rephrases: tuple[int, ...] = (1,)) -> EditRequest:
+    """A claim as a request: the canonical wording in six languages, its gold label, these templates as paraphrases."""
     return EditRequest(
         id=item.id,
         target=item.label,
@@ -186,6 +206,6 @@ def _request(item: Claim, rephrases: tuple[int, ...]) -> EditRequest:
 
 
 __all__ = [
-    "LABELS", "LANGUAGES", "RELATIONS", "TEMPLATES", "Claim", "Fact", "cases", "claim", "claims", "facts", "locality",
-    "memory_texts", "one_claim_per_subject", "requests", "sentence", "templates",
+    "LABELS", "LANGUAGES", "RELATIONS", "TEMPLATES", "Claim", "Fact", "cases", "claim", "claims", "every_claim", "facts", "locality",
+    "memory_texts", "one_claim_per_subject", "request", "requests", "sentence", "templates",
 ]  # fmt: skip
