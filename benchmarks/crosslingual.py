@@ -127,10 +127,12 @@ def measure(
     seed: int,
     baseline: Report | None = None,
     progress: bool | Callable[[str, int, int], None] | Steps | None = None,
+    languages: Sequence[str] | None = None,
     **overrides: Any,
 ) -> tuple[dict[str, Any], Report, Any]:
-    """One method with one seed: `(row, report, patches)`; patches is None for "original"."""
-    return _measure(model, tokenizer, protocol, Row(method, preset), seed, baseline, None, progress, overrides)
+    """One method with one seed: `(row, report, patches)`; patches is None for "original". languages: trained on these alone."""
+    row = Row(method, preset, languages=None if languages is None else tuple(languages))
+    return _measure(model, tokenizer, protocol, row, seed, baseline, None, progress, overrides)
 
 
 def measure_row(
