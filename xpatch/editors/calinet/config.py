@@ -45,12 +45,13 @@ DEFAULT = CaliNetConfig(
     activation="relu",
     bias=True,
     silent=True,
-    steps=1000,
+    learning_rate=3e-3,
     learning_rate_end=0.1,
+    steps=1000,
     memory_languages="all",
     memory_rows=12_000,
     memory_per_step=256,
-    memory_weight=2.0,
+    memory_weight=5.0,
 )
 
 PRESETS = {"paper": PAPER, "default": DEFAULT, **by_languages(DEFAULT)}
