@@ -21,7 +21,7 @@ from xpatch.patches.requests import Probe
 from xpatch.zoo.verifier import data
 
 from . import machine
-from .hyper_measure import alone, together
+from .hyper_measure import alone, asked_of, together
 from .progress import steps
 from .protocol import INVERSE, TRAINED
 
@@ -124,7 +124,7 @@ def run(
     edits: limit for a quick look. overrides: settings of the training.
     """
     model, tokenizer = zoo.load("verifier")
-    rows = []
+    rows, asked = [], asked_of(model, tokenizer, edits)
     with steps(progress, len(editors)) as step:
         for name in editors:
             step.begin(name)
@@ -136,8 +136,8 @@ def run(
                     "steps": training.steps,
                     "best_step": training.best_step,
                     "validation": dict(training.history[-1]) if training.history else {},
-                    "alone": alone(model, tokenizer, method, training.folder, edits, step.report),
-                    "together": together(model, tokenizer, method, training.folder, edits, step.report),
+                    "alone": alone(model, tokenizer, method, training.folder, asked, step.report),
+                    "together": together(model, tokenizer, method, training.folder, asked, step.report),
                 }
             )
             step.end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,35 @@ def flips(model: Any, tokenizer: Any, edits: int | None = None) -> list[EditRequ
     return [case.model_copy(update={"target": other[answer]}) for case, answer in zip(cases, answers, strict=True)]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What every editor is asked. requests: the flips; groups: of each flip, (kind, language, probe); before: the answers to these
+    without an edit; edits: the limit given."""
+
+    requests: Sequence[EditRequest]
+    groups: Sequence[Sequence[tuple[str, str, Probe]]]
+    before: Sequence[Sequence[str]]
+    edits: int | None
+
+
+def asked_of(model: Any, tokenizer: Any, edits: int | None = None) -> Asked:
+    """The questions, and the model's own answers."""
+    requests = flips(model, tokenizer, edits)
+    groups = [_questions(requests, number) for number in range(len(requests))]
+    answers = iter(_ask(model, tokenizer, [question for group in groups for question in group]))
+    return Asked(requests, groups, [[next(answers) for _ in group] for group in groups], edits)
+
+
 def alone(
-    model: Any, tokenizer: Any, method: str, folder: Path, edits: int | None, report: Report | None = None
+    model: Any, tokenizer: Any, method: str, folder: Path, questions: Asked, report: Report | None = None
 ) -> dict[str, Any]:
     """Flips of English claims, each edit on the model by itself; percent. clg: the same claim in another language; unseen: wordings
     the editor was not given; unchanged: other validation claims answered as before. before: clg without an edit (languages in
     which the model already gives the new label)."""
-    requests = flips(model, tokenizer, edits)
+    requests, groups, before = questions.requests, questions.groups, questions.before
     patches = xpatch.edit(
         model, tokenizer, requests, method=method, preset="paper", editor=str(folder), progress=report or False
     )
-    groups = [_questions(requests, number) for number in range(len(requests))]
-    before = [_ask(model, tokenizer, group) for group in groups]
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("before", "clg", "unseen", "unchanged")}
     asked: dict[str, Counter[str]] = {name: Counter() for name in counts}
     for number, (request, group) in enumerate(zip(requests, groups, strict=True)):
@@ -66,11 +84,11 @@ def alone(
 
 
 def together(
-    model: Any, tokenizer: Any, method: str, folder: Path, edits: int | None, report: Report | None = None
+    model: Any, tokenizer: Any, method: str, folder: Path, asked: Asked, report: Report | None = None
 ) -> dict[str, Any]:
     """All flips in one set, and all corrections of wrong English answers in one set; the same measures with every edit in place."""
     found = {}
-    wanted = {"flips": flips(model, tokenizer, edits), "corrections": list(bundled(edits, 0, "validation").cases)}
+    wanted = {"flips": list(asked.requests), "corrections": list(bundled(asked.edits, 0, "validation").cases)}
     for name, requests in wanted.items():
         patches = xpatch.edit(model, tokenizer, requests, method=method, editor=str(folder), progress=report or False)
         edited = [record.id for record in patches if record.rows]

@@ -48,9 +48,9 @@ FIXED = KnowledgeEditorConfig(hidden=512, condition=768, learning_rate=1e-5)
 DEFAULT = KnowledgeEditorConfig(
     hidden=128,
     condition=256,
-    max_scale=100.0,
+    max_scale=200.0,
     train_embeddings=False,
-    learning_rate=1e-3,
+    learning_rate=2e-3,
     decay="linear",
     warmup=10,
     clip=1.0,
