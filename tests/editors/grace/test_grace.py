@@ -33,7 +33,7 @@ def train(model: Any, tokenizer: Any, requests: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("preset", ["paper", "default"])
 @pytest.mark.parametrize("radius", [0.01, 4.0])
 def test_the_patched_model_is_the_codebook(model: Any, tokenizer: Any, preset: str, radius: float) -> None:
-    requests = make_requests(model, tokenizer, 6)
+    requests = make_requests(model, tokenizer, 4)
     config = PRESETS[preset].model_copy(update={"radius": radius, "train_languages": "all", "memory_share": None})
     run = _Run(task_of(model, tokenizer, requests), config)
     product = run.product()
@@ -46,7 +46,7 @@ def test_the_patched_model_is_the_codebook(model: Any, tokenizer: Any, preset: s
     xpatch.apply(model, xpatch.PatchSet(parts=product.parts, gates=product.gates))
     found = logits_of_model(model, tokenizer, texts)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
-    assert [outcome.status for outcome in product.outcomes].count("edited") >= (5 if radius < 1 else 1)
+    assert [outcome.status for outcome in product.outcomes].count("edited") >= (3 if radius < 1 else 1)
 
 
 def test_the_papers_value_stands_in_place_of_the_output(model: Any, tokenizer: Any) -> None:

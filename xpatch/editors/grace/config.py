@@ -4,7 +4,8 @@
   a ball that meets a like label grows just to the new row ("coverage").
 - `default`: radii from the memory: a ball reaches a share of the way to the nearest memory row or row of an edit to another label,
   never further, also when it grows (where it may not grow that far, a key is added); the value is added to the FFN's output, starts at 0
-  and answers for every text that shares it; an edit is gone through again while it is wrong. Then single edits can be taken out.
+  and answers for every text that shares it; an edit is gone through again while it is wrong, its rephrases as well. Then single edits can
+  be taken out.
 
 What is done otherwise than in the reference, in both:
 - the layer is the final FFN, with its input as the key and its output as the value's place; theirs is one linear layer, in its BERT
@@ -30,7 +31,8 @@ class GraceConfig(SampledConfig):
     radius: float = Field(default=1.0, gt=0)
     """A new key's radius, in units of the FFN's input; where `memory_share` decides instead, the radius without any memory."""
     memory_share: float | None = Field(default=None, gt=0, lt=1)
-    """A ball reaches at most this share of the distance to the nearest row that must keep another answer."""
+    """A ball reaches at most this share of the distance to the nearest row that must keep or get another answer. At one half, balls of
+    two labels never meet."""
     place: Literal["replace", "add"] = "replace"
     """The value stands in place of the FFN's output, or is added to it. The first needs a second part that takes the FFN's output away: a
     copy of its weights, which only a plain FFN allows and which binds all edits together."""
@@ -48,6 +50,7 @@ class GraceConfig(SampledConfig):
 
 PAPER = GraceConfig()
 DEFAULT = GraceConfig(
+    rephrases=True,
     memory_share=0.5,
     memory_rows=12_000,
     place="add",
