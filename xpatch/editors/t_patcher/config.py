@@ -31,6 +31,9 @@ class NeuronConfig(Config):
     """Size of the memory, drawn once from the texts given."""
     memory_per_step: int = Field(default=0, ge=0)
     """Memory rows drawn anew for each step; 0: all of them in every step."""
+    mates_per_step: int = Field(default=0, ge=0)
+    """Where other edits have more rows than this, a chunk's nearest half of so many are memory in every step, and of the rest this
+    many, drawn anew for each step; 0: all of them in every step."""
     memory_validation: float = Field(default=0.2, ge=0, lt=1)
     """Share of the memory kept apart for the stopping rule."""
 

@@ -16,14 +16,17 @@ import torch
 from xpatch.editors.base import MethodInfo, register
 from xpatch.editors.t_patcher.config import PRESETS, NeuronConfig
 from xpatch.editors.t_patcher.coordinates import Coordinates
+from xpatch.editors.t_patcher.mates import mates
 from xpatch.editors.t_patcher.neurons import Neurons
 from xpatch.editors.t_patcher.samplers import Sampler, own_language
+from xpatch.editors.t_patcher.standing import Standing
 from xpatch.editors.t_patcher.train import Problem, train
 from xpatch.editors.task import Edit, Outcome, Product, Task, Wording
 from xpatch.errors import MismatchError
 from xpatch.patches.types import ACTIVATIONS, PatchNeurons
 
 PART = "neurons"
+_SCALED_ROWS = 32768  # of the edits' rows, so many are enough for a mean and a deviation
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class _Run:
         self.spared: list[int] = []  # edits that needed none
         self.seconds = dict.fromkeys(range(len(self.plans)), 0.0)
         self.once_right: set[int] = set()
+        asked = [tuple(zip(plan.rows[: plan.required], plan.labels, strict=False)) for plan in self.plans]
+        self.standing = Standing(task.cache, task.head.tail, self.neurons, asked)
 
     def product(self) -> Product:
         queue, decided = list(range(len(self.plans))), 0
@@ -119,8 +124,10 @@ class _Run:
             wrong = [edit for edit in self.accepted if not right[edit]]
             if not wrong:
                 return
-            rows = sorted({row for plan in self.plans for row in plan.rows})
-            scaled = Coordinates.scaled(torch.cat((self.memory, self.task.cache.x[self._tensor(rows)])))
+            rows = self._tensor(sorted({row for plan in self.plans for row in plan.rows}))
+            scaled = Coordinates.scaled(
+                torch.cat((self.memory, self.task.cache.x[rows[:: len(rows) // _SCALED_ROWS + 1]]))
+            )
             self.neurons.drop(torch.tensor(wrong, device=self.device))
             for start in range(0, len(wrong), self.config.chunk):
                 self.learn(wrong[start : start + self.config.chunk], self.config.max_neurons, turn, decided, scaled)
@@ -146,29 +153,9 @@ class _Run:
 
     def right(self, edits: list[int]) -> dict[int, bool]:
         """Which edits are right in all their required rows, with all neurons there are."""
-        verdict = {edit: not self.wrong_languages(edit, answers) for edit, answers in self._answers(edits)}
-        self.once_right.update(edit for edit, good in verdict.items() if good)
-        return verdict
-
-    def wrong_languages(self, edit: int, answers: list[int]) -> list[str]:
-        """Languages whose required text gets another answer than asked for."""
-        plan = self.plans[edit]
-        return [w.language for w, answer in zip(plan.chosen, answers, strict=True) if answer != w.label]
-
-    def _answers(self, edits: list[int]) -> list[tuple[int, list[int]]]:
-        if not edits:
-            return []
-        plans = [self.plans[edit] for edit in edits]
-        rows = torch.tensor([row for plan in plans for row in plan.rows[: plan.required]], device=self.device)
-        cache = self.task.cache
-        with torch.no_grad():
-            output = cache.base[rows] + self.neurons.output(cache.x[rows])
-            answers = self.task.head.tail(output, cache.residual[rows]).argmax(-1).tolist()
-        found, start = [], 0
-        for edit, plan in zip(edits, plans, strict=True):
-            found.append((edit, answers[start : start + plan.required]))
-            start += plan.required
-        return found
+        found = self.standing.right().tolist()
+        self.once_right.update(edit for edit in edits if found[edit])
+        return {edit: found[edit] for edit in edits}
 
     def problem(self, edits: list[int], neurons: int, turn: int, coordinates: Coordinates | None = None) -> Problem:
         """Gather the cached rows of `edits`, in `coordinates`; base outputs hold what the current neurons add."""
@@ -180,15 +167,10 @@ class _Run:
         seen = coordinates.forward if coordinates is not None else lambda x: x
         plain = cache.x[index]
         x = seen(plain)
-        # Rows of the accepted edits are memory for each other, an edit's locality probes for it alone; a text that two edits
-        # share is nobody's foreign row.
-        shared = {row for edit in self.accepted for row in self.plans[edit].rows}
-        mates = sorted(shared.union(*(plan.negatives for plan in plans)))
-        foreign = self._tensor(
-            [
-                [row not in mine and (row in shared or row in spared) for row in mates]
-                for mine, spared in self._sides(plans)
-            ]
+        shared = torch.zeros(len(cache.x), dtype=torch.bool, device=self.device)
+        shared[self._tensor([row for edit in self.accepted for row in self.plans[edit].rows])] = True
+        others = mates(
+            shared, [p.rows for p in plans], [p.negatives for p in plans], cache.x, self.config.mates_per_step
         )
         first = x[:, [number % width for number in range(neurons)]]
         values = torch.stack([self._noise(plan, neurons, turn, x.shape[-1]) for plan in plans]).to(x)
@@ -200,23 +182,37 @@ class _Run:
             required=required,
             memory=seen(self.memory),
             held=seen(self.held),
-            mates=seen(cache.x[self._tensor(mates)]),
-            foreign=foreign.view(len(plans), len(mates)).bool(),
+            mates=seen(cache.x[others.rows]),
+            foreign=others.foreign,
+            crowd=seen(cache.x[others.crowd]),
             # The pre-activation starts at exactly 1 on the row it is made from (Transformer-Patcher, appendix).
             keys=first / first.square().sum(-1, keepdim=True),
             bias=x.new_zeros(len(plans), neurons),
             values=values,
         )
 
+    def statuses(self) -> dict[int, str]:
+        """What has become of each edit, with the neurons there are."""
+        right = self.standing.right().tolist()
+        found = {edit: "already-right" if right[edit] else "lost" for edit in self.spared}
+        for edit in self.accepted:
+            found[edit] = "edited" if right[edit] else "lost" if edit in self.once_right else "failed"
+        return found
+
+    def wrong_languages(self, edit: int) -> list[str]:
+        """Languages whose required text gets another answer than asked for."""
+        return [self.plans[edit].chosen[number].language for number in self.standing.wrong(edit)]
+
     def finish(self) -> Product:
         """Statuses, messages and the final neurons, ordered by edit."""
-        everything = sorted(self.accepted + self.spared)
-        wrong = {edit: self.wrong_languages(edit, found) for edit, found in self._answers(everything)}
-        status = {edit: "lost" if wrong[edit] else "already-right" for edit in self.spared}
-        for edit in self.accepted:
-            status[edit] = "edited" if not wrong[edit] else "lost" if edit in self.once_right else "failed"
-        if not self.config.keep_failed:
-            self.neurons.drop(self._tensor([edit for edit in self.accepted if status[edit] == "failed"]))
+        self.standing.refresh()
+        status = self.statuses()
+        failed = [edit for edit in self.accepted if status[edit] == "failed"]
+        if failed and not self.config.keep_failed:  # what leaned on their neurons may fall with them
+            self.neurons.drop(self._tensor(failed))
+            self.standing.refresh()
+            status = {**self.statuses(), **dict.fromkeys(failed, "failed")}
+        wrong = {edit: self.wrong_languages(edit) for edit, found in status.items() if found in ("lost", "failed")}
         self.neurons.sort()
         rows: dict[int, list[int]] = {}
         for row, owner in enumerate(self.neurons.owner.tolist()):
@@ -224,7 +220,7 @@ class _Run:
         outcomes = [
             Outcome(
                 status=status[edit],  # type: ignore[arg-type]
-                message=self._message(edit, status[edit], wrong[edit]),
+                message=self._message(edit, status[edit], wrong.get(edit, [])),
                 rows={PART: tuple(rows[edit])} if edit in rows else {},
                 seconds=self.seconds[edit],
             )
@@ -274,10 +270,6 @@ class _Run:
         }
         kept = [p for p in probes if (p.text, p.text_pair) not in known][: self.config.memory_rows]
         return [row for row in dict.fromkeys(self.task.cache.want(kept)) if row not in edited]
-
-    @staticmethod
-    def _sides(plans: list[_Plan]) -> list[tuple[set[int], set[int]]]:
-        return [(set(plan.rows), set(plan.negatives)) for plan in plans]
 
     def _noise(self, plan: _Plan, neurons: int, turn: int, width: int) -> torch.Tensor:
         return torch.randn(neurons, width, generator=self.task.generator("values", plan.edit.request.id, str(turn)))

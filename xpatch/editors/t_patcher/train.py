@@ -28,7 +28,8 @@ class Problem:
 
     x, residual, base `[E, R, D]`; labels `[E, R]`; required `[E, R]`: rows that must be right. memory `[M, D]` is shared and may be
     sampled; mates `[M', D]` are rows of other edits and of single edits' locality probes, foreign `[E, M']` is true where a mate must
-    stay silent for the edit. held `[V, D]`: memory kept for the stopping rule.
+    stay silent for the edit. crowd `[M'', D]`: rows of earlier edits, foreign to all, of which each step draws `mates_per_step`.
+    held `[V, D]`: memory kept for the stopping rule.
     keys, bias, values: initial neurons `[E, P, D]`, `[E, P]`, `[E, P, D]` (`values` before amplification).
     """
 
@@ -41,6 +42,7 @@ class Problem:
     held: torch.Tensor
     mates: torch.Tensor
     foreign: torch.Tensor
+    crowd: torch.Tensor
     keys: torch.Tensor
     bias: torch.Tensor
     values: torch.Tensor
@@ -124,7 +126,10 @@ def train(
         own = z.amax(-1)[:, rows]
         loss = task_loss(logits, problem.labels, weights[: len(alive)], config.confidence_penalty)
         loss = loss + config.activation_weight * activation_loss(own, config.activation_top)
-        silent = _others(problem, keys, bias, _draw(problem.memory, config.memory_per_step, generator))
+        drawn = _draw(problem.memory, config.memory_per_step, generator)
+        if len(problem.crowd):
+            drawn = torch.cat((drawn, _draw(problem.crowd, config.mates_per_step, generator)))
+        silent = _others(problem, keys, bias, drawn)
         if silent.shape[1]:
             loss = loss + config.memory_weight * memory_loss(own, silent, config.memory_top, config.memory_margin)
         gradients = torch.autograd.grad(loss.sum(), parameters)
