@@ -52,6 +52,22 @@ def needed(
     return found[:count]
 
 
+def name(claim: data.Claim) -> list[str]:
+    """What a claim is made from again: its fact's relation and subject, and the salt of its wrong object ("" in `true` ones)."""
+    mark = claim.id.removeprefix(f"{claim.fact.key}-")
+    return [claim.fact.relation, claim.fact.subject, mark]
+
+
+def recall(names: Sequence[Sequence[str]]) -> list[data.Claim]:
+    """Claims by their `name`."""
+    facts = {(fact.relation, fact.subject): fact for fact in data.facts()}
+    found = (
+        data.claim(facts[relation, subject], mark == "true", mark.removeprefix("false"))
+        for relation, subject, mark in names
+    )
+    return [claim for claim in found if claim is not None]
+
+
 def requests(
     claims: Sequence[data.Claim], languages: Sequence[str], rephrases: Sequence[int] = TRAINED
 ) -> list[EditRequest]:

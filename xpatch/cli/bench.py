@@ -181,15 +181,25 @@ def editing(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps of an edit (default: the preset's).")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0,1,2",
+    scale: Annotated[
+        bool, typer.Option("--scale", help="Instead: up to 10 000 edits in one call, with charts beside the file.")
+    ] = False,
+    counts: Annotated[str | None, typer.Option(help="With --scale: numbers of edits, comma separated.")] = None,
 ) -> None:
     """Time editing against the published procedure written plainly: one edit at a time, the whole model at every step.
 
     Example: xpatch bench editing --bases verifier --edits 4 --steps 50 --seeds 0 --json editing.json
     """
     names, chosen = _words("--bases", bases), _words("--procedures", procedures)
-    numbers = _seeds(seeds)
+    numbers, sizes = _seeds(seeds), _numbers("--counts", counts)
+    if sizes and not scale:
+        raise XpatchError("--counts goes with --scale")
     check_out_file(json_file, "--json")
+    if scale:
+        _scale(json_file, sizes, numbers[0], {} if steps is None else {"steps": steps})
+        return
     from xpatch.benchmarks import editing as benchmark
+    from xpatch.benchmarks import editing_rows
 
     for option, words, known in (
         ("--bases", names, tuple(benchmark.SIZES)),
@@ -206,6 +216,15 @@ def editing(
             steps_each=steps,
             seeds=numbers,
         )
+    stdout().print(editing_rows.table(result))
+    stdout().print(f"{json_file}", markup=False)
+
+
+def _scale(json_file: Path, counts: list[int], seed: int, overrides: dict[str, Any]) -> None:
+    from xpatch.benchmarks import editing_scale as benchmark
+
+    with quiet_transformers():
+        result = benchmark.run(json_file, counts=counts or benchmark.COUNTS, seed=seed, **overrides)
     stdout().print(benchmark.table(result))
     stdout().print(f"{json_file}", markup=False)
 

@@ -184,7 +184,7 @@ class _Run:
             held=seen(self.held),
             mates=seen(cache.x[others.rows]),
             foreign=others.foreign,
-            crowd=seen(cache.x[others.crowd]),
+            crowd=seen(cache.x[self._shuffled(others.crowd, plans, turn)]),
             # The pre-activation starts at exactly 1 on the row it is made from (Transformer-Patcher, appendix).
             keys=first / first.square().sum(-1, keepdim=True),
             bias=x.new_zeros(len(plans), neurons),
@@ -273,6 +273,10 @@ class _Run:
 
     def _noise(self, plan: _Plan, neurons: int, turn: int, width: int) -> torch.Tensor:
         return torch.randn(neurons, width, generator=self.task.generator("values", plan.edit.request.id, str(turn)))
+
+    def _shuffled(self, rows: torch.Tensor, plans: list[_Plan], turn: int) -> torch.Tensor:
+        generator = self.task.generator("crowd", plans[0].edit.request.id, str(turn))
+        return rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
 
     def _tensor(self, values: object) -> torch.Tensor:
         made = torch.tensor(values, device=self.device)

@@ -28,7 +28,7 @@ class Problem:
 
     x, residual, base `[E, R, D]`; labels `[E, R]`; required `[E, R]`: rows that must be right. memory `[M, D]` is shared and may be
     sampled; mates `[M', D]` are rows of other edits and of single edits' locality probes, foreign `[E, M']` is true where a mate must
-    stay silent for the edit. crowd `[M'', D]`: rows of earlier edits, foreign to all, of which each step draws `mates_per_step`.
+    stay silent for the edit. crowd `[M'', D]`: rows of earlier edits in random order, foreign to all, of which each step draws `mates_per_step`.
     held `[V, D]`: memory kept for the stopping rule.
     keys, bias, values: initial neurons `[E, P, D]`, `[E, P]`, `[E, P, D]` (`values` before amplification).
     """
@@ -159,10 +159,13 @@ def _store(done: list[torch.Tensor], where: torch.Tensor, parameters: list[torch
         target[where] = value
 
 
-def _draw(memory: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    if not count or count >= len(memory):
-        return memory
-    return memory[torch.randint(len(memory), (count,), generator=generator).to(memory.device)]
+def _draw(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """`count` rows that follow each other from a drawn one on, round the end: rows are in random order, and lie together in memory."""
+    if not count or count >= len(rows):
+        return rows
+    start = int(torch.randint(len(rows), (1,), generator=generator))
+    window = rows[start : start + count]
+    return window if len(window) == count else torch.cat((window, rows[: count - len(window)]))
 
 
 def _others(problem: Problem, keys: torch.Tensor, bias: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
@@ -172,7 +175,8 @@ def _others(problem: Problem, keys: torch.Tensor, bias: torch.Tensor, memory: to
     shared = torch.addmm(offset, flat, memory.T)
     mates = torch.addmm(offset, flat, problem.mates.T).view(edits, neurons, -1)
     mates = mates.masked_fill(~problem.foreign.unsqueeze(1), float("-inf"))
-    return torch.cat((shared.view(edits, neurons, -1), mates), dim=2).amax(1)
+    found = torch.cat((shared.view(edits, neurons, -1), mates), dim=2)
+    return found.squeeze(1) if neurons == 1 else found.amax(1)
 
 
 class _Watch:
