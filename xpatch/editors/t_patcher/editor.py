@@ -211,7 +211,8 @@ class _Run:
         if failed and not self.config.keep_failed:  # what leaned on their neurons may fall with them
             self.neurons.drop(self._tensor(failed))
             self.standing.refresh()
-            status = {**self.statuses(), **dict.fromkeys(failed, "failed")}
+            status = self.statuses()
+            status.update({edit: "already-right" if status[edit] == "edited" else "failed" for edit in failed})
         wrong = {edit: self.wrong_languages(edit) for edit, found in status.items() if found in ("lost", "failed")}
         self.neurons.sort()
         rows: dict[int, list[int]] = {}
@@ -240,7 +241,8 @@ class _Run:
         languages = ", ".join(wording.language for wording in plan.chosen)
         cut = " (text cut at the model's length limit)" if any(row in self.task.cache.cut for row in plan.rows) else ""
         said = {
-            "already-right": f"right in {languages} before editing",
+            "already-right": f"right in {languages} "
+            + ("before editing" if edit in self.spared else "without neurons of its own"),
             "edited": f"right in {languages}",
             "lost": f"was right, but not beside the other edits: wrong in {', '.join(wrong)}",
             "failed": f"still wrong in {', '.join(wrong)}",
