@@ -36,7 +36,9 @@ def needed(
     stream = itertools.islice(texts.claims(seed, split), min(_SOURCES, 32 * facts))
     kept = (item for item in stream if item.fact.relation not in INVERSE)
     found: list[data.Claim] = []
-    while len(found) < count and (block := list(itertools.islice(kept, min(_BLOCK, 4 * count)))):
+    while len(found) < count and (
+        block := list(itertools.islice(kept, min(_BLOCK, max(16, 2 * (count - len(found))))))
+    ):
         wrong: set[int] = set()
         for language in reversed(
             languages

@@ -75,14 +75,17 @@ class NeuronConfig(Config):
 PAPER = NeuronConfig()
 
 # The default: a ReLU gate (a silent patch is exactly silent; hundreds of GELU patches leak into each other) and a fixed number of
-# steps with a falling learning rate on memory drawn anew for each step.
+# steps with a falling learning rate on memory drawn anew for each step. A third of the 600 steps it once had: on validation facts, 200
+# reach the same (unseen paraphrases and other subjects within 0.3 points). From a few hundred edits on, each chunk meets the rows of earlier
+# edits that lie nearest and a sample of the others, so that a chunk costs the same however many edits there are.
 DEFAULT = NeuronConfig(
     activation="relu",
     copies=1,
     memory_per_step=6000,
+    mates_per_step=2000,
     memory_validation=0.0,
     learning_rate_end=0.1,
-    steps=600,
+    steps=200,
     early_stop=False,
     max_neurons=2,
     rescue=True,
