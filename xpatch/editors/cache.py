@@ -59,16 +59,17 @@ class FeatureCache:
             return
         encoded = [self._encode(text, pair) for text, pair in texts]
         order = sorted(range(len(texts)), key=lambda index: len(encoded[index]["input_ids"]))
-        found: list[list[torch.Tensor]] = []
+        fresh: list[torch.Tensor] = []
         for start in range(0, len(order), self._batch_size):
-            chunk = [encoded[index] for index in order[start : start + self._batch_size]]
+            rows = order[start : start + self._batch_size]
+            chunk = [encoded[index] for index in rows]
             batch = self._tokenizer.pad(chunk, return_tensors="pt") if self._batch_size > 1 else _single(chunk[0])
             features = capture(self._model, {name: value.to(self._device) for name, value in batch.items()}, self._site)
-            found.append([features.x, features.residual, features.base, features.logits])
+            columns = [features.x, features.residual, features.base, features.logits]
+            fresh = fresh or [column.new_empty(len(order), *column.shape[1:]) for column in columns]
+            for target, column in zip(fresh, columns, strict=True):
+                target[rows] = column.detach()
             report("reading", min(start + self._batch_size, len(order)), len(order))
-        back = torch.empty(len(order), dtype=torch.long)
-        back[torch.tensor(order)] = torch.arange(len(order))
-        fresh = [torch.cat(column).detach()[back.to(self._device)] for column in zip(*found, strict=True)]
         self._filled = [torch.cat(pair) for pair in zip(self._filled, fresh, strict=True)] if self._filled else fresh
         self._read = len(self._rows)
 
