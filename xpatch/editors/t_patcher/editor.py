@@ -7,6 +7,7 @@ others' contribution in their base output.
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from xpatch.errors import MismatchError
 from xpatch.patches.types import ACTIVATIONS, PatchNeurons
 
 PART = "neurons"
+_TRIES = 4  # an edit that repairs do not help waits after so many chunks: contradictions would be trained beside every chunk to come
 _SCALED_ROWS = 32768  # of the edits' rows, so many are enough for a mean and a deviation
 
 
@@ -70,6 +72,7 @@ class _Run:
         self.spared: list[int] = []  # edits that needed none
         self.seconds = dict.fromkeys(range(len(self.plans)), 0.0)
         self.once_right: set[int] = set()
+        self.tried: collections.Counter[int] = collections.Counter()  # repairs of an edit since it was right last
         asked = [tuple(zip(plan.rows[: plan.required], plan.labels, strict=False)) for plan in self.plans]
         self.standing = Standing(task.cache, task.head.tail, self.neurons, asked)
 
@@ -108,9 +111,12 @@ class _Run:
         """Train again what is not right in the presence of the others; with one neuron more per round, up to `max_neurons`."""
         for turn in range(1, self.config.rounds + 1):
             right = self.right(self.accepted)
-            wrong = [edit for edit in self.accepted if not right[edit]]
+            wrong = [
+                edit for edit in self.accepted if not right[edit] and self.tried[edit] < _TRIES * self.config.rounds
+            ]
             if not wrong:
                 return
+            self.tried.update(wrong)
             neurons = max(self.config.neurons, min(self.config.neurons + turn, self.config.max_neurons))
             self.neurons.drop(torch.tensor(wrong, device=self.device))
             for start in range(0, len(wrong), self.config.chunk):
