@@ -146,6 +146,20 @@ def test_of_two_edits_of_one_text_at_most_one_holds() -> None:
         assert lost.status in ("lost", "failed") and "wrong in en, de" in lost.message
 
 
+def test_what_cannot_hold_is_not_trained_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[int] = []
+    learn = _Run.learn
+    monkeypatch.setattr(
+        _Run, "learn", lambda run, edits, *args, **options: learned.extend(edits) or learn(run, edits, *args, **options)
+    )
+    requests = [ask(0), ask(0, twin=True, flip=True), *(ask(number) for number in range(1, 20))]
+    config = DEFAULT.model_copy(update={**QUICK, "steps": 20, "chunk": 1, "rounds": 1, "rescue": False})
+    run, product = make(requests, config, apart=0.0)
+    check(run, product)
+    assert product.outcomes[0].status in ("lost", "failed") or product.outcomes[1].status in ("lost", "failed")
+    assert max(learned.count(edit) for edit in range(len(requests))) <= 1 + 4  # its own chunk, and four repairs
+
+
 def test_two_thousand_edits_hold_or_are_listed() -> None:
     config = DEFAULT.model_copy(
         update={**QUICK, "steps": 8, "chunk": 500, "rounds": 1, "rescue": False, "mates_per_step": 400}

@@ -7,6 +7,7 @@ others' contribution in their base output.
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Mapping
 
@@ -26,6 +27,7 @@ from xpatch.patches.jsonl import shorten
 from xpatch.patches.types import ACTIVATIONS, EditStatus, PatchNeurons
 
 PART = "neurons"
+_TRIES = 4  # an edit that repairs do not help waits after so many chunks: contradictions would be trained beside every chunk to come
 _SCALED_ROWS = 32768  # of the edits' rows, so many are enough for a mean and a deviation
 EDITS = (
     "sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2), single texts and pairs; language models: encoder-decoders (BART, mBART, T5, "
@@ -60,6 +62,9 @@ class _Run(EditRows):
         self.spared: list[int] = []  # edits that needed none
         self.seconds = dict.fromkeys(range(len(self.plans)), 0.0)
         self.once_right: set[int] = set()
+        self.tried: collections.Counter[int] = (
+            collections.Counter()
+        )  # rounds of repair an edit has had, beside all chunks
         self.forgotten: set[int] = set()  # edits that failed and whose neurons are dropped
         self.unsaid: dict[int, str] = {}  # a language model's edits: what decoding said instead of the target
 
@@ -97,9 +102,12 @@ class _Run(EditRows):
         """Train again what is not right in the presence of the others; with one neuron more per round, up to `max_neurons`."""
         for turn in range(1, self.config.rounds + 1):
             right = self.right(self.accepted)
-            wrong = [edit for edit in self.accepted if not right[edit]]
+            wrong = [
+                edit for edit in self.accepted if not right[edit] and self.tried[edit] < _TRIES * self.config.rounds
+            ]
             if not wrong:
                 return
+            self.tried.update(wrong)
             neurons = max(self.config.neurons, min(self.config.neurons + turn, self.config.max_neurons))
             self.neurons.drop(torch.tensor(wrong, device=self.device))
             self.learn_all(wrong, neurons, turn, decided)
