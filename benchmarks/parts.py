@@ -24,13 +24,14 @@ def kept(
     settings: Mapping[str, Any],
     make: Callable[[], dict[str, Any]],
     code: Sequence[str] = (),
+    rooms: Sequence[str] = _ROOMS,
 ) -> dict[str, Any]:
     """The part `name` from `folder`, else made now and kept there; with the time it was `made`.
 
     A part is found again when nothing that decides it has changed: its settings, the machine, the versions, the code of the
-    runtime and of the benchmark files whose names begin with one of `code`. Without a folder nothing is kept.
+    package's `rooms` and of the benchmark files whose names begin with one of `code`. Without a folder nothing is kept.
     """
-    store = None if folder is None else folder / f"{name}-{key(settings, code)}.json"
+    store = None if folder is None else folder / f"{name}-{key(settings, code, rooms)}.json"
     if store is not None and store.is_file():
         found: dict[str, Any] = json.loads(store.read_text(encoding="utf-8"))
         return found
@@ -42,7 +43,7 @@ def kept(
     return part
 
 
-def key(settings: Mapping[str, Any], code: Sequence[str] = ()) -> str:
+def key(settings: Mapping[str, Any], code: Sequence[str] = (), rooms: Sequence[str] = _ROOMS) -> str:
     """16 hex digits over everything that decides a part."""
     where = header()
     decided = {"settings": dict(settings), "machine": where["machine"], "versions": where["versions"]}
@@ -51,7 +52,7 @@ def key(settings: Mapping[str, Any], code: Sequence[str] = ()) -> str:
     paths = [
         package / "__init__.py",
         package / "api.py",
-        *(path for room in _ROOMS for path in sorted((package / room).rglob("*.py"))),
+        *(path for room in rooms for path in sorted((package / room).rglob("*.py"))),
     ]
     for path in [*paths, *(path for name in code for path in sorted(here.glob(f"{name}*.py")))]:
         found.update(_meaning(path.read_bytes()))

@@ -21,9 +21,9 @@ from .protocol import INVERSE
 LANGUAGES = data.LANGUAGES
 
 
-def claims(seed: int) -> Iterator[data.Claim]:
-    """Claims about the edit split, without end: every fact true, then with one wrong object after another, in a seeded order."""
-    facts = data.facts("edit")
+def claims(seed: int, split: str = "edit") -> Iterator[data.Claim]:
+    """Claims about one split, without end: every fact true, then with one wrong object after another, in a seeded order."""
+    facts = data.facts(split)
     seen: set[tuple[str, ...]] = set()
     for turn in itertools.count():
         order = random.Random(f"claims:{seed}:{turn}").sample(range(len(facts)), len(facts))

@@ -26,8 +26,8 @@ from .trained_base import Base, Report, write
 FOLDER = Path(__file__).parent / "results" / "trained.work"
 BLOCK = 512  # claims of one edit call
 MEMORY = 1000  # claims per language that edits must leave alone
-# What is done otherwise than in the presets, so that 5 000 neurons take minutes on one core: `default` trains a third of its steps on a
-# third of its memory rows in a step. How many edits are right all the same is in `info`.
+# What is done otherwise than in the presets, so that 5 000 neurons take minutes on one core: `default` trains on a third of its memory
+# rows in a step. How many edits are right all the same is in `info`.
 RECIPE: Mapping[str, Mapping[str, Any]] = {"default": {"steps": 200, "memory_per_step": 2000}, "paper": {}}
 TENSORS = ("keys", "bias", "values")
 

@@ -61,6 +61,13 @@ def test_generation_says_the_target_in_every_language(kind: str) -> None:
     assert [says(model, tokenizer, text) for text, _ in texts] == first and digest(model) == before
 
 
+@pytest.mark.parametrize("limit", [0, 4])
+def test_edits_one_after_the_other_hold_beside_a_sample_of_earlier_rows(limit: int) -> None:
+    model, tokenizer = model_of("gpt2"), tokenizer_of("gpt2")
+    patches = train(model, tokenizer, make_requests("gpt2"), chunk=1, mates_per_step=limit, early_stop=limit > 0)
+    assert [record.status for record in patches] == ["edited"] * 3, [record.message for record in patches]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_equal_seeds_give_equal_bytes(kind: str) -> None:
     model, tokenizer = model_of(kind), tokenizer_of(kind)

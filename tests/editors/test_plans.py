@@ -82,8 +82,11 @@ def test_each_token_weighs_the_same_and_a_slots_neurons_fire_at_its_tokens() -> 
     task = Task(model, subject.site, bench.head, edits, {}, bench.cache, 0, lambda *event: None, bench.decoding)
     run = _Run(task, configs.PAPER_LM, "t-patcher", own_language)
     run.accepted = [0, 1]
-    for edit, answers in run.answers([0, 1]):
-        run.slots[edit] = slots_of(run.plans[edit], answers, 2)
+    for edit in run.accepted:
+        run.slots[edit] = slots_of(run.plans[edit], run.standing.answers(edit), 2)
+        rows = list(run.plans[edit].rows)
+        answers = bench.head.tail(bench.cache.base[rows], bench.cache.residual[rows]).argmax(-1)
+        assert len(rows) > 1 and run.standing.answers(edit) == answers.tolist()
     problem = run.problem([0, 1], 2, 0)
     assert problem.weights is not None and problem.weights.tolist() == [[1, 1, 1], [1, 1, 0]]
     assert problem.acts is not None and problem.acts.shape == (2, 8)

@@ -2,6 +2,8 @@
 
 `xpatch bench swap`: patches in production: swap against reload, a soak of many threads, crashes, damaged files, start-up.
 
+`xpatch bench editing`: edits a second against the published procedure written plainly, and thousands of edits in one run.
+
 `xpatch bench kernel`: the patch kernel against dense PyTorch and against memory. `xpatch bench latency`: whole patched models.
 """
 
@@ -66,9 +68,7 @@ def crosslingual(
     for method in chosen or ():
         if method != "original":
             check_method(method)
-    numbers = None if seeds is None else _words("--seeds", seeds)
-    if not all(word.isdecimal() for word in numbers or ()):
-        raise XpatchError(f"--seeds: expected whole numbers such as 0,1,2; found {seeds!r}")
+    numbers = None if seeds is None else _seeds(seeds)
     check_out_file(json_file, "--json")
     from xpatch.benchmarks import report, tables
 
@@ -80,7 +80,7 @@ def crosslingual(
             edits=edits,
             locality=locality,
             matrix_edits=matrix_edits,
-            seeds=None if numbers is None else [int(word) for word in numbers],
+            seeds=numbers,
             methods=chosen,
             presets=None if presets is None else _words("--presets", presets),
             editors=editors,
@@ -192,6 +192,68 @@ def latency(
     stdout().print(f"{json_file}", markup=False)
 
 
+@commands.command()
+def editing(
+    json_file: Annotated[
+        Path, typer.Option("--json", help="Result file; finished parts are kept beside it and reused.")
+    ],
+    bases: Annotated[
+        str, typer.Option(help="verifier, bert-base (random weights); comma separated.")
+    ] = "verifier,bert-base",
+    procedures: Annotated[str, typer.Option(help="plain, cached, chunked; comma separated.")] = "plain,cached,chunked",
+    edits: Annotated[
+        int | None, typer.Option(min=1, help="Edits of every procedure (default: few plain ones, more of the others).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of an edit (default: the preset's).")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0,1,2",
+    scale: Annotated[
+        bool, typer.Option("--scale", help="Instead: up to 10 000 edits in one call, with charts beside the file.")
+    ] = False,
+    counts: Annotated[str | None, typer.Option(help="With --scale: numbers of edits, comma separated.")] = None,
+) -> None:
+    """Time editing against the published procedure written plainly: one edit at a time, the whole model at every step.
+
+    Example: xpatch bench editing --bases verifier --edits 4 --steps 50 --seeds 0 --json editing.json
+    """
+    names, chosen = _words("--bases", bases), _words("--procedures", procedures)
+    numbers, sizes = _seeds(seeds), _numbers("--counts", counts)
+    if sizes and not scale:
+        raise XpatchError("--counts goes with --scale")
+    check_out_file(json_file, "--json")
+    if scale:
+        _scale(json_file, sizes, numbers[0], {} if steps is None else {"steps": steps})
+        return
+    from xpatch.benchmarks import editing as benchmark
+    from xpatch.benchmarks import editing_rows
+
+    for option, words, known in (
+        ("--bases", names, tuple(benchmark.SIZES)),
+        ("--procedures", chosen, benchmark.PROCEDURES),
+    ):
+        if unknown := sorted(set(words).difference(known)):
+            raise XpatchError(f"{option}: there is no {', '.join(unknown)}; choose from {', '.join(known)}")
+    with quiet_transformers():
+        result = benchmark.run(
+            json_file,
+            bases=names,
+            procedures=chosen,
+            edits=None if edits is None else dict.fromkeys(chosen, edits),
+            steps_each=steps,
+            seeds=numbers,
+        )
+    stdout().print(editing_rows.table(result))
+    stdout().print(f"{json_file}", markup=False)
+
+
+def _scale(json_file: Path, counts: list[int], seed: int, overrides: dict[str, Any]) -> None:
+    from xpatch.benchmarks import editing_scale as benchmark
+
+    with quiet_transformers():
+        result = benchmark.run(json_file, counts=counts or benchmark.COUNTS, seed=seed, **overrides)
+    stdout().print(benchmark.table(result))
+    stdout().print(f"{json_file}", markup=False)
+
+
 def _subject(name: str) -> Any:
     """A named shape, or the model of a folder: a classifier, or a decoder whose steps are timed."""
     from xpatch.benchmarks import model_shapes
@@ -219,6 +281,13 @@ def _numbers(option: str, text: str | None) -> list[int]:
     words = _words(option, text)
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise XpatchError(f"{option}: expected whole numbers such as 1,8,32; found {text!r}")
+    return [int(word) for word in words]
+
+
+def _seeds(text: str) -> list[int]:
+    words = _words("--seeds", text)
+    if not all(word.isdecimal() for word in words):
+        raise XpatchError(f"--seeds: expected whole numbers such as 0,1,2; found {text!r}")
     return [int(word) for word in words]
 
 

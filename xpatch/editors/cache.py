@@ -68,18 +68,15 @@ class FeatureCache:
             return
         encoded = [self._encode(text, pair) for text, pair in texts]
         order = sorted(range(len(texts)), key=lambda index: len(encoded[index]["input_ids"]))
-        found: list[list[torch.Tensor]] = []
+        fresh: list[torch.Tensor] = []
         for start in range(0, len(order), self._batch_size):
-            features = capture(
-                self._model,
-                self._batch([encoded[index] for index in order[start : start + self._batch_size]]),
-                self._site,
-            )
-            found.append([features.x, features.residual, features.base, features.logits])
+            rows = order[start : start + self._batch_size]
+            features = capture(self._model, self._batch([encoded[index] for index in rows]), self._site)
+            columns = [features.x, features.residual, features.base, features.logits]
+            fresh = fresh or [column.new_empty(len(order), *column.shape[1:]) for column in columns]
+            for target, column in zip(fresh, columns, strict=True):
+                target[rows] = column.detach()
             report("reading", min(start + self._batch_size, len(order)), len(order))
-        back = torch.empty(len(order), dtype=torch.long)
-        back[torch.tensor(order)] = torch.arange(len(order))
-        fresh = [torch.cat(column).detach()[back.to(self._device)] for column in zip(*found, strict=True)]
         self._filled = [torch.cat(pair) for pair in zip(self._filled, fresh, strict=True)] if self._filled else fresh
         self._read = len(self._rows)
 

@@ -65,7 +65,7 @@ def learn(
         batch = Batch(
             x=x[own] * scale[codes[own]], residual=residual, base=base, labels=lesson.labels, required=weights.bool(),
             memory=x[drawn] * scale[codes[drawn]], held=x[:0], mates=x[mates] * scale[codes[mates]], foreign=foreign,
-            keys=keys, bias=bias, values=u,
+            crowd=x[:0], keys=keys, bias=bias, values=u,
         )  # fmt: skip
         logits, z = logits_of(batch, tail, activation, keys, bias, u * a)
         fires = z.amax(-1)

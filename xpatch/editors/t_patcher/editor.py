@@ -7,6 +7,7 @@ others' contribution in their base output.
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Mapping
 
@@ -26,6 +27,8 @@ from xpatch.patches.jsonl import shorten
 from xpatch.patches.types import ACTIVATIONS, EditStatus, PatchNeurons
 
 PART = "neurons"
+_TRIES = 4  # an edit that repairs do not help waits after so many chunks: contradictions would be trained beside every chunk to come
+_SCALED_ROWS = 32768  # of the edits' rows, so many are enough for a mean and a deviation
 EDITS = (
     "sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2), single texts and pairs; language models: encoder-decoders (BART, mBART, T5, "
     "mT5), decoders (GPT-2, BLOOM, Llama, Qwen ...) and masked ones; "
@@ -59,6 +62,11 @@ class _Run(EditRows):
         self.spared: list[int] = []  # edits that needed none
         self.seconds = dict.fromkeys(range(len(self.plans)), 0.0)
         self.once_right: set[int] = set()
+        self.tried: collections.Counter[int] = (
+            collections.Counter()
+        )  # rounds of repair an edit has had, beside all chunks
+        self.forgotten: set[int] = set()  # edits that failed and whose neurons are dropped
+        self.unsaid: dict[int, str] = {}  # a language model's edits: what decoding said instead of the target
 
     def product(self) -> Product:
         queue, decided = list(range(len(self.plans))), 0
@@ -94,9 +102,12 @@ class _Run(EditRows):
         """Train again what is not right in the presence of the others; with one neuron more per round, up to `max_neurons`."""
         for turn in range(1, self.config.rounds + 1):
             right = self.right(self.accepted)
-            wrong = [edit for edit in self.accepted if not right[edit]]
+            wrong = [
+                edit for edit in self.accepted if not right[edit] and self.tried[edit] < _TRIES * self.config.rounds
+            ]
             if not wrong:
                 return
+            self.tried.update(wrong)
             neurons = max(self.config.neurons, min(self.config.neurons + turn, self.config.max_neurons))
             self.neurons.drop(torch.tensor(wrong, device=self.device))
             self.learn_all(wrong, neurons, turn, decided)
@@ -109,8 +120,10 @@ class _Run(EditRows):
             wrong = [edit for edit in self.accepted if not right[edit]]
             if not wrong:
                 return
-            rows = sorted({row for plan in self.plans for row in plan.rows})
-            scaled = Coordinates.scaled(torch.cat((self.memory, self.task.cache.x[self.tensor(rows)])))
+            rows = self.tensor(sorted({row for plan in self.plans for row in plan.rows}))
+            scaled = Coordinates.scaled(
+                torch.cat((self.memory, self.task.cache.x[rows[:: len(rows) // _SCALED_ROWS + 1]]))
+            )
             self.neurons.drop(torch.tensor(wrong, device=self.device))
             self.learn_all(wrong, self.config.max_neurons, turn, decided, scaled)
 
@@ -119,8 +132,8 @@ class _Run(EditRows):
     ) -> None:
         """`learn` in chunks; edits of a language model with `neurons` for each of their slots, those with equally many together."""
         sizes: dict[int, list[int]] = {}
-        for edit, answers in self.answers(edits) if self.task.decoding is not None else ():
-            self.slots[edit] = slots_of(self.plans[edit], answers, self.config.max_tokens)
+        for edit in edits if self.task.decoding is not None else ():
+            self.slots[edit] = slots_of(self.plans[edit], self.standing.answers(edit), self.config.max_tokens)
         for edit in edits:
             count = len(self.slots[edit].anchors) if edit in self.slots else 1
             sizes.setdefault(neurons * count, []).append(edit)
@@ -151,18 +164,13 @@ class _Run(EditRows):
 
     def right(self, edits: list[int]) -> dict[int, bool]:
         """Which edits are right in all their required rows, with all neurons there are."""
-        verdict = {edit: not self.plans[edit].wrong_languages(answers) for edit, answers in self.answers(edits)}
-        self.once_right.update(edit for edit, good in verdict.items() if good)
-        return verdict
+        found = self.standing.right().tolist()
+        self.once_right.update(edit for edit in edits if found[edit])
+        return {edit: found[edit] for edit in edits}
 
     def finish(self) -> Product:
         """Statuses, messages and the final neurons, ordered by edit."""
-        everything = sorted(self.accepted + self.spared)
-        status, why = self._verdicts(everything)
-        if not self.config.keep_failed:
-            self._drop_failed(status)
-        if self.task.decoding is not None:
-            self._listen(everything, status, why)
+        status = self.settle()
         self.neurons.sort()
         rows: dict[int, list[int]] = {}
         for row, owner in enumerate(self.neurons.owner.tolist()):
@@ -170,7 +178,7 @@ class _Run(EditRows):
         outcomes = [
             Outcome(
                 status=status[edit],
-                message=self._message(edit, status[edit], why[edit]),
+                message=self._message(edit, status[edit]),
                 rows={PART: tuple(rows[edit])} if edit in rows else {},
                 seconds=self.seconds[edit],
             )
@@ -185,58 +193,59 @@ class _Run(EditRows):
         )
         return Product({PART: part} if len(part.bias) else {}, outcomes)
 
-    def _verdicts(self, edits: list[int]) -> tuple[dict[int, EditStatus], dict[int, str]]:
-        """Each edit's status by its rows, and the languages in which it is wrong."""
-        wrong = {edit: self.plans[edit].wrong_languages(found) for edit, found in self.answers(edits)}
-        status: dict[int, EditStatus] = {edit: "lost" if wrong[edit] else "already-right" for edit in self.spared}
+    def settle(self) -> dict[int, EditStatus]:
+        """What has become of each edit, once the neurons of failed ones are dropped (unless those are kept).
+
+        What leaned on their neurons may fall with them, so all are asked again.
+        """
+        while True:
+            self.standing.refresh()
+            status = self.statuses()
+            unsaid = self._unsaid([edit for edit in status if status[edit] in ("edited", "already-right")])
+            self.unsaid.update(unsaid)
+            status.update(dict.fromkeys(unsaid, "failed"))
+            failed = [edit for edit in self.accepted if status[edit] == "failed" and edit not in self.forgotten]
+            if self.config.keep_failed or not failed:
+                return status
+            self.neurons.drop(self.tensor(failed))
+            self.forgotten.update(failed)
+
+    def statuses(self) -> dict[int, EditStatus]:
+        """What has become of each edit by its rows, with the neurons there are."""
+        right = self.right(self.accepted + self.spared)
+        status: dict[int, EditStatus] = {edit: "already-right" if right[edit] else "lost" for edit in self.spared}
         for edit in self.accepted:
-            status[edit] = "edited" if not wrong[edit] else "lost" if edit in self.once_right else "failed"
-        return status, {
-            edit: f"wrong in {', '.join(languages)}" if languages else "" for edit, languages in wrong.items()
+            if edit in self.forgotten:
+                status[edit] = "already-right" if right[edit] else "failed"
+            else:
+                status[edit] = "edited" if right[edit] else "lost" if edit in self.once_right else "failed"
+        return status
+
+    def _unsaid(self, edits: list[int]) -> dict[int, str]:
+        """Edits of a language model whose target greedy decoding, with all neurons there are, does not say, and what it says."""
+        if self.task.decoding is None:
+            return {}
+        asked = [(edit, wording) for edit in edits for wording in self.plans[edit].chosen]
+        said = self.task.decoding.instead([wording for _, wording in asked], self.neurons.output)
+        return {
+            edit: f"right token by token, but greedy decoding says {shorten(repr(instead))} in {wording.language}"
+            for (edit, wording), instead in zip(asked, said, strict=True)
+            if instead is not None
         }
 
-    def _drop_failed(self, status: Mapping[int, str]) -> bool:
-        """Forget the neurons of edits that failed; whether there were any."""
-        before = len(self.neurons.keys)
-        self.neurons.drop(self.tensor([edit for edit in self.accepted if status[edit] == "failed"]))
-        return len(self.neurons.keys) < before
-
-    def _listen(self, edits: list[int], status: dict[int, EditStatus], why: dict[int, str]) -> None:
-        """Believe a language model's edit only where greedy decoding, with all neurons there are, says the target.
-
-        Neurons of edits that fail at this are forgotten (unless failed ones are kept), after which the others are asked again.
-        """
-        assert self.task.decoding is not None
-        failed = {edit for edit in edits if status[edit] == "failed"}
-        while True:
-            now, reasons = self._verdicts(edits)
-            heard = {edit: now[edit] for edit in edits if edit not in failed}
-            status.update(heard)
-            why.update({edit: reasons[edit] for edit in heard})
-            asked = [(edit, wording) for edit in heard if status[edit] != "lost" for wording in self.plans[edit].chosen]
-            said = self.task.decoding.instead([wording for _, wording in asked], self.neurons.output)
-            for (edit, wording), instead in zip(asked, said, strict=True):
-                if instead is not None:
-                    status[edit] = "failed"
-                    why[edit] = (
-                        f"right token by token, but greedy decoding says {shorten(repr(instead))} in {wording.language}"
-                    )
-            failed = {edit for edit in edits if status[edit] == "failed"}
-            if self.config.keep_failed or not self._drop_failed(status):
-                return
-
-    def _message(self, edit: int, status: str, why: str) -> str:
+    def _message(self, edit: int, status: EditStatus) -> str:
         plan = self.plans[edit]
-        languages = ", ".join(wording.language for wording in plan.chosen)
+        good = f"right in {', '.join(wording.language for wording in plan.chosen)}"
         heard = ", greedy decoding says the target" if self.task.decoding is not None else ""
         cut = " (text cut at the model's length limit)" if any(row in self.task.cache.cut for row in plan.rows) else ""
-        said = {
-            "already-right": f"right in {languages} before editing{heard}",
-            "edited": f"right in {languages}{heard}",
-            "lost": f"was right, but not beside the other edits: {why}",
-            "failed": f"still {why}" if why.startswith("wrong") else why,
-        }
-        return said[status] + cut
+        if status == "edited":
+            return good + heard + cut
+        if status == "already-right":
+            return good + (" without neurons of its own" if edit in self.forgotten else " before editing") + heard + cut
+        if status == "failed" and edit in self.unsaid:
+            return self.unsaid[edit] + cut
+        wrong = f"wrong in {', '.join(plan.wrong_languages(self.standing.answers(edit)))}"
+        return ("was right, but not beside the other edits: " if status == "lost" else "still ") + wrong + cut
 
 
 def _activation(task: Task, config: NeuronConfig) -> str:

@@ -41,11 +41,25 @@ def memory_loss(own: torch.Tensor, memory: torch.Tensor, top: int = 1000, margin
     rows = own.shape[1]
     # A pair among the `top` largest has its memory row among the `top` largest: both losses need only those.
     largest = memory.topk(min(top, memory.shape[1]), dim=1).values
-    pairs = (largest.unsqueeze(2) - own.unsqueeze(1)).flatten(1)
-    relative = torch.exp(pairs.topk(min(top, pairs.shape[1]), dim=1).values + margin).mean(1)
+    j, i = _largest_pairs(own.detach(), largest.detach(), top)
+    relative = torch.exp(largest.gather(1, j) - own.gather(1, i) + margin).mean(1)
     full, rest = divmod(min(top, memory.shape[1] * rows), rows)
-    silent = torch.exp(largest + margin)
+    silent = torch.exp(largest[:, : full + 1] + margin)
     absolute = silent[:, :full].sum(1) * rows
     if rest:
         absolute = absolute + silent[:, full] * rest
     return relative + absolute / (full * rows + rest)
+
+
+def _largest_pairs(own: torch.Tensor, memory: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns (j, i) `[E, top]` of the `top` largest `memory_j - own_i`, largest first. memory `[E, M]` falls along each row.
+
+    The a-th smallest own value has a - 1 others before it with every memory row: it can only meet the first `top / a` of them.
+    """
+    sorted_own, order = own.sort(dim=1)
+    lengths = [min(memory.shape[1], top // rank) for rank in range(1, own.shape[1] + 1)]
+    pairs = torch.cat([memory[:, :length] - sorted_own[:, a : a + 1] for a, length in enumerate(lengths)], dim=1)
+    chosen = pairs.topk(min(top, pairs.shape[1]), dim=1).indices
+    j = torch.cat([torch.arange(length) for length in lengths]).to(own.device)
+    a = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(own.device)
+    return j[chosen], order.gather(1, a[chosen])

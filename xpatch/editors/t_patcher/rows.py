@@ -7,17 +7,18 @@ import torch
 from xpatch.editors.samplers import Sampler
 from xpatch.editors.t_patcher.config import NeuronConfig
 from xpatch.editors.t_patcher.coordinates import Coordinates
+from xpatch.editors.t_patcher.mates import mates
 from xpatch.editors.t_patcher.neurons import Neurons
 from xpatch.editors.t_patcher.plans import Plan, Slots
+from xpatch.editors.t_patcher.standing import Standing
 from xpatch.editors.t_patcher.train import Problem
 from xpatch.editors.task import Edit, Task
 
 LOGITS = 2**25  # at most so many at once: a language model has a vocabulary for each row
-MATES = 8192  # at most so many rows of other edits, where an edit has a row for each token
 
 
 class EditRows:
-    """Plans and memory as rows of the cache, and the neurons so far."""
+    """Plans and memory as rows of the cache, the neurons so far, and what is answered with them."""
 
     def __init__(self, task: Task, config: NeuronConfig, activation: str, method: str, sampler: Sampler) -> None:
         self.task, self.config, self.activation = task, config, activation
@@ -28,28 +29,15 @@ class EditRows:
         split = round(len(memory) * config.memory_validation) if config.early_stop else 0
         rows = torch.tensor(memory, dtype=torch.long, device=self.device)
         self.width = task.head.vocabulary if task.decoding is not None else task.head.labels
-        self.held, self.memory = task.cache.x[rows[:split]], task.cache.x[rows[split:]]
+        held, kept = rows[:split], rows[split:]
+        if task.decoding is not None:  # the tokens of one text lie together, and what a step draws follows each other
+            kept = self._shuffled(kept, "memory", "tokens")
+        self.held, self.memory = task.cache.x[held], task.cache.x[kept]
         self.neurons = Neurons.none(task.cache.x.shape[1], self.activation, self.device)
         self.accepted: list[int] = []  # edits with neurons, in the order they were taken up
         self.slots: dict[int, Slots] = {}  # of a language model's edits
-
-    def answers(self, edits: list[int]) -> list[tuple[int, list[int]]]:
-        """What is answered at the required rows of each edit, with all neurons there are."""
-        if not edits:
-            return []
-        plans = [self.plans[edit] for edit in edits]
-        rows = torch.tensor([row for plan in plans for row in plan.rows[: plan.required]], device=self.device)
-        cache = self.task.cache
-        with torch.no_grad():
-            output = cache.base[rows] + self.neurons.output(cache.x[rows])
-            block = max(1, LOGITS // self.width)
-            pairs = zip(output.split(block), cache.residual[rows].split(block), strict=True)
-            answers = [answer for pair in pairs for answer in self.task.head.tail(*pair).argmax(-1).tolist()]
-        found, start = [], 0
-        for edit, plan in zip(edits, plans, strict=True):
-            found.append((edit, answers[start : start + plan.required]))
-            start += plan.required
-        return found
+        asked = [tuple(zip(plan.rows[: plan.required], plan.labels, strict=False)) for plan in self.plans]
+        self.standing = Standing(task.cache, task.head.tail, self.neurons, asked, max(1, LOGITS // self.width))
 
     def problem(self, edits: list[int], neurons: int, turn: int, coordinates: Coordinates | None = None) -> Problem:
         """Gather the cached rows of `edits`, in `coordinates`; base outputs hold what the current neurons add."""
@@ -61,18 +49,10 @@ class EditRows:
         seen = coordinates.forward if coordinates is not None else lambda x: x
         plain = cache.x[index]
         x = seen(plain)
-        # Rows of the accepted edits are memory for each other, an edit's locality probes for it alone; a text that two edits
-        # share is nobody's foreign row.
-        shared = {row for edit in self.accepted for row in self.plans[edit].rows}
-        if self.task.decoding is not None and len(shared) > MATES:
-            rng = self.task.rng("mates", *(plan.edit.request.id for plan in plans), str(turn))
-            shared = set(rng.sample(sorted(shared), MATES))
-        mates = sorted(shared.union(*(plan.negatives for plan in plans)))
-        foreign = self.tensor(
-            [
-                [row not in mine and (row in shared or row in spared) for row in mates]
-                for mine, spared in self._sides(plans)
-            ]
+        shared = torch.zeros(len(cache.x), dtype=torch.bool, device=self.device)
+        shared[self.tensor([row for edit in self.accepted for row in self.plans[edit].rows])] = True
+        others = mates(
+            shared, [p.rows for p in plans], [p.negatives for p in plans], cache.x, self.config.mates_per_step
         )
         first = x[:, [number % width for number in range(neurons)]]
         slots: dict[str, torch.Tensor] = {}
@@ -90,8 +70,9 @@ class EditRows:
             required=required,
             memory=seen(self.memory),
             held=seen(self.held),
-            mates=seen(cache.x[self.tensor(mates)]),
-            foreign=foreign.view(len(plans), len(mates)).bool(),
+            mates=seen(cache.x[others.rows]),
+            foreign=others.foreign,
+            crowd=seen(cache.x[self._shuffled(others.crowd, "crowd", plans[0].edit.request.id, str(turn))]),
             # The pre-activation starts at exactly 1 on the row it is made from (Transformer-Patcher, appendix).
             keys=first / first.square().sum(-1, keepdim=True),
             bias=x.new_zeros(len(plans), neurons),
@@ -138,12 +119,11 @@ class EditRows:
         kept = [p for p in probes if (p.text, p.text_pair) not in known]
         return [row for row in dict.fromkeys(self.task.cache.want(kept, self.config.memory_rows)) if row not in edited]
 
-    @staticmethod
-    def _sides(plans: list[Plan]) -> list[tuple[set[int], set[int]]]:
-        return [(set(plan.rows), set(plan.negatives)) for plan in plans]
-
     def _noise(self, plan: Plan, neurons: int, turn: int, width: int) -> torch.Tensor:
         return torch.randn(neurons, width, generator=self.task.generator("values", plan.edit.request.id, str(turn)))
+
+    def _shuffled(self, rows: torch.Tensor, *salt: str) -> torch.Tensor:
+        return rows[torch.randperm(len(rows), generator=self.task.generator(*salt)).to(rows.device)]
 
     def tensor(self, values: object) -> torch.Tensor:
         """Numbers or truth values on the model's device; int64 where there are none."""

@@ -28,7 +28,8 @@ class Problem:
 
     x, residual, base `[E, R, D]`; labels `[E, R]`; required `[E, R]`: rows that must be right. memory `[M, D]` is shared and may be
     sampled; mates `[M', D]` are rows of other edits and of single edits' locality probes, foreign `[E, M']` is true where a mate must
-    stay silent for the edit. held `[V, D]`: memory kept for the stopping rule.
+    stay silent for the edit. crowd `[M'', D]`: rows of earlier edits in random order, foreign to all, of which each step draws `mates_per_step`.
+    held `[V, D]`: memory kept for the stopping rule.
     keys, bias, values: initial neurons `[E, P, D]`, `[E, P]`, `[E, P, D]` (`values` before amplification).
     For language models, where each token has a row: weights `[E, R]` of the rows (0 where one is repeated); acting `[E, R, P]`: the neurons
     that must fire at a row; acts `[E, A]`: the rows where some must, repeated in turn. None: rows weigh what `copies` makes of
@@ -44,6 +45,7 @@ class Problem:
     held: torch.Tensor
     mates: torch.Tensor
     foreign: torch.Tensor
+    crowd: torch.Tensor
     keys: torch.Tensor
     bias: torch.Tensor
     values: torch.Tensor
@@ -53,7 +55,7 @@ class Problem:
 
     def narrow(self, keep: torch.Tensor) -> Problem:
         """The problem of some of the edits."""
-        shared = ("memory", "held", "mates")
+        shared = ("memory", "held", "mates", "crowd")
         return Problem(
             **{name: value if name in shared or value is None else value[keep] for name, value in vars(self).items()}
         )
@@ -139,7 +141,10 @@ def train(
         weigh = weights[: len(alive)] if problem.weights is None else problem.weights
         loss = task_loss(logits, problem.labels, weigh, config.confidence_penalty, config.label_smoothing)
         loss = loss + config.activation_weight * activation_loss(own, config.activation_top)
-        silent = _others(problem, keys, bias, _draw(problem.memory, config.memory_per_step, generator))
+        drawn = _draw(problem.memory, config.memory_per_step, generator)
+        if len(problem.crowd):
+            drawn = torch.cat((drawn, _draw(problem.crowd, config.mates_per_step, generator)))
+        silent = _others(problem, keys, bias, drawn)
         if silent.shape[1]:
             loss = loss + config.memory_weight * memory_loss(own, silent, config.memory_top, config.memory_margin)
         gradients = torch.autograd.grad(loss.sum(), parameters)
@@ -169,10 +174,13 @@ def _store(done: list[torch.Tensor], where: torch.Tensor, parameters: list[torch
         target[where] = value
 
 
-def _draw(memory: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    if not count or count >= len(memory):
-        return memory
-    return memory[torch.randint(len(memory), (count,), generator=generator).to(memory.device)]
+def _draw(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """`count` rows that follow each other from a drawn one on, round the end: rows are in random order, and lie together in memory."""
+    if not count or count >= len(rows):
+        return rows
+    start = int(torch.randint(len(rows), (1,), generator=generator))
+    window = rows[start : start + count]
+    return window if len(window) == count else torch.cat((window, rows[: count - len(window)]))
 
 
 def _others(problem: Problem, keys: torch.Tensor, bias: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
@@ -182,7 +190,8 @@ def _others(problem: Problem, keys: torch.Tensor, bias: torch.Tensor, memory: to
     shared = torch.addmm(offset, flat, memory.T)
     mates = torch.addmm(offset, flat, problem.mates.T).view(edits, neurons, -1)
     mates = mates.masked_fill(~problem.foreign.unsqueeze(1), float("-inf"))
-    return torch.cat((shared.view(edits, neurons, -1), mates), dim=2).amax(1)
+    found = torch.cat((shared.view(edits, neurons, -1), mates), dim=2)
+    return found.squeeze(1) if neurons == 1 else found.amax(1)
 
 
 class _Watch:
