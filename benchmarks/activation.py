@@ -289,7 +289,7 @@ def growth(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         line: dict[str, Any] = {"source": source, "gate": gate}
         for name in ("median", "apart"):
             pairs = [(math.log(p["patches"]), math.log(p["leak"][name])) for p in mine if p["leak"][name] > 0]
-slope = statistics.linear_regression(*zip(*pairs, strict=True)).slope if len(pairs) > 1 else None
+            slope = statistics.linear_regression(*zip(*pairs, strict=True)).slope if len(pairs) > 1 else None
             line[name] = None if slope is None else round(slope, 2)
         found.append(line)
     return found
