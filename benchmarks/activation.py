@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import random
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -285,11 +286,11 @@ def growth(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for source, gate in dict.fromkeys((p["source"], p["gate"]) for p in points):
         mine = [p for p in points if (p["source"], p["gate"]) == (source, gate) and p["patches"] >= 100]
-        line = {"source": source, "gate": gate}
+        line: dict[str, Any] = {"source": source, "gate": gate}
         for name in ("median", "apart"):
             pairs = [(math.log(p["patches"]), math.log(p["leak"][name])) for p in mine if p["leak"][name] > 0]
-            x, y = ([pair[axis] for pair in pairs] for axis in (0, 1))
-            line[name] = round(float(np.polyfit(x, y, 1)[0]), 2) if len(pairs) > 1 else None
+            slope = statistics.linear_regression(*zip(*pairs, strict=True)).slope if len(pairs) > 1 else None
+            line[name] = None if slope is None else round(slope, 2)
         found.append(line)
     return found
 

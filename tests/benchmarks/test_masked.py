@@ -32,7 +32,7 @@ def test_rows_seeds_and_geometry(model, tokenizer, protocol, tmp_path):
     assert [(row["method"], row["trained_on"]) for row in result["rows"]] == [run[:2] for run in RUNS]
     for row in result["rows"]:
         assert set(row["clg_needed_any"]) == {"en", "de", "zh"}
-        assert all(0 <= mean <= 100 and spread >= 0 for mean, spread in row["unchanged"].values())
+        assert all(0 <= mean <= 100 and spread >= 0 for mean, spread in row["unchanged_train"].values())
     assert masked.run(tmp_path / "m.json", progress=False, steps=3, **settings)["rows"] == result["rows"]
     assert "mpn-masked | en+de" in masked.table(result)
     for found in result["geometry"]["languages"].values():
