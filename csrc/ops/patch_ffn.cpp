@@ -23,7 +23,7 @@ constexpr int64_t kValuesAtOnce = 32;     // value rows widened at once
 constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds below which waking threads costs more than it saves
 constexpr int64_t kSmallWork =
     1 << 22;  // below this the call never gives up: a row's bits then do not depend on others
-constexpr int64_t kSampledRows = 16, kSampledGroups = 16, kFewGroups = 4;
+constexpr int64_t kSampledRows = 16, kSampledGroups = 16, kFewGroups = 8;
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
@@ -138,20 +138,15 @@ class Call {
 
   // The stage to use, by a look at a few rows and groups; false where neither pays.
   bool choose(int64_t rows) {
-    // The full stage first: what it cannot rule out the coarse one cannot either, whose projection costs a small call
-    // more. Twice the share: a sample is small, and the whole call stops by itself at its limit.
-    const double limit = std::min(2.0 * dense_above(op_.M), 0.9);
-    coarse_ = false;
-    if (!always_ && sampled_share(rows, op_.M <= 8 ? kFewGroups : kSampledGroups) > limit) return false;
-    if (packed_.basis != nullptr) {
-      coarse_ = true;
-      if (sampled_share(rows, kSampledGroups) > full_above(op_.M)) {
-        coarse_ = false;
-        rounded_ = 0;
-      }
+    const int64_t groups = op_.M <= 8 ? kFewGroups : kSampledGroups;
+    coarse_ = packed_.basis != nullptr;
+    if (coarse_ && sampled_share(rows, groups) > full_above(op_.M)) {
+      coarse_ = false;
+      rounded_ = 0;
     }
     result_.coarse = coarse_;
-    return true;
+    // Twice the share: a sample is small, and the whole call stops by itself at its limit.
+    return coarse_ || always_ || sampled_share(rows, groups) <= std::min(2.0 * dense_above(op_.M), 0.9);
   }
 
   // Rounds a few rows on the way.
