@@ -28,7 +28,10 @@ def edit(
     out: Annotated[Path, typer.Option(help="Patch folder to write.")],
     method: Annotated[
         str | None,
-        typer.Option(help="How to edit: mpn (the default), mpn-only, t-patcher or ft; with --from, as recorded."),
+        typer.Option(
+            help="How to edit: mpn (the default), mpn-only, mpn-masked, t-patcher, ft, ft-l, calinet, grace, ke, mend, lime-ke or lime-mend; "
+            "with --from, as recorded."
+        ),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="'default', or 'paper' for the published settings; with --from, as recorded.")
