@@ -282,12 +282,12 @@ def two_by_two(
 
 
 def growth(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Exponent of the leak's growth with N (least squares on logarithms, from 100 patches on), per source and gate."""
+    """Exponent of the mean leak's growth with N (least squares on logarithms, from 100 patches on), per source and gate."""
     found = []
     for source, gate in dict.fromkeys((p["source"], p["gate"]) for p in points):
-        mine = [p for p in points if (p["source"], p["gate"]) == (source, gate) and p["patches"] >= 100]
+        mine = [p for p in points if (p["source"], p["gate"]) == (source, gate) and p["patches"] >= 90]
         line: dict[str, Any] = {"source": source, "gate": gate}
-        for name in ("median", "apart"):
+        for name in ("mean", "apart"):
             pairs = [(math.log(p["patches"]), math.log(p["leak"][name])) for p in mine if p["leak"][name] > 0]
             slope = statistics.linear_regression(*zip(*pairs, strict=True)).slope if len(pairs) > 1 else None
             line[name] = None if slope is None else round(slope, 2)
@@ -317,19 +317,17 @@ def chart(result: Mapping[str, Any]) -> str:
 
 
 def leak_chart(result: Mapping[str, Any]) -> str:
-    """The leak against the number of edits, a panel a source; bars reach from the median to the 99 % quantile of the rows."""
+    """The mean leak against the number of edits, a panel a source."""
     panels = []
     for source in dict.fromkeys(point["source"] for point in result["points"]):
-        mine = [p for p in result["points"] if p["source"] == source and p["leak"]["median"] > 1e-6]
+        mine = [p for p in result["points"] if p["source"] == source and p["leak"]["mean"] > 1e-6]
         found = []
         for gate in dict.fromkeys(p["gate"] for p in mine):
-            own = [
-                (p["edits"], *(p["leak"][k] for k in ("median", "median", "p99"))) for p in mine if p["gate"] == gate
-            ]
+            own = [(p["edits"], *(p["leak"][k] for k in ("mean", "mean", "mean"))) for p in mine if p["gate"] == gate]
             found.append(Line(NAMES[gate], own, colour=COLOURS[gate]))
         panels.append(Panel(f"{source}, D = {SOURCES.get(source, '')}", found))
     title = "What silent neurons add, as a share of the FFN's own output"
-    note = "median over claims about other subjects; bars up to the 99 % quantile; gates that add nothing are not shown"
+    note = "mean over claims about other subjects; gates that add nothing are not shown"
     return curves(title, panels, "edits in place", "of the FFN's output", note)
 
 
@@ -356,7 +354,7 @@ def table(result: Mapping[str, Any]) -> str:
     for p in result["points"]:
         shares = " | ".join(f"{p[name][0]:.1f}" for name in MEASURES)
         rows.append(
-            f"| {p['source']} | {p['gate']} | {p['edits']} | {p['patches']} | {shares} | {p['leak']['median']:.2e} | "
+            f"| {p['source']} | {p['gate']} | {p['edits']} | {p['patches']} | {shares} | {p['leak']['mean']:.2e} | "
             f"{p['leak']['p99']:.2e} | {p['leak']['apart']:.2e} | {p['changed_by_leak_alone']} |"
         )
     for cell in result["factors"]:

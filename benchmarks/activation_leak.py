@@ -84,7 +84,7 @@ def answers(base: Base, found: Rows, more: torch.Tensor | None = None) -> torch.
 
 
 def leak(found: Rows, more: Added) -> dict[str, Any]:
-    """The silent neurons' sum against the FFN's own output, per row: median, mean and 99 % quantile; `apart`: the median of the same
+    """The silent neurons' sum against the FFN's own output, per row: median, mean and 99 % quantile; `apart`: the mean of the same
     without cancellation between neurons."""
     own = found.y.norm(dim=1)
     share = (more.silent.norm(dim=1) / own).double()
@@ -93,7 +93,7 @@ def leak(found: Rows, more: Added) -> dict[str, Any]:
         "median": _sig(share.median()),
         "mean": _sig(share.mean()),
         "p99": _sig(share.quantile(0.99)),
-        "apart": _sig(apart.median()),
+        "apart": _sig(apart.mean()),
     }
 
 

@@ -47,7 +47,7 @@ def test_points_and_charts(base, protocol, tmp_path):
         assert low <= value <= high <= 100 and point["patches"] <= 2 * point["edits"]  # two for a hard one
         quiet = point["gate"] in ("relu", "gelu-cut")
         assert (point["leak"]["mean"] == 0) == quiet and (not quiet or point["changed_by_leak_alone"] == 0)
-        assert point["leak"]["median"] <= point["leak"]["apart"]  # norms without cancellation bound the norm of the sum
+        assert point["leak"]["mean"] <= point["leak"]["apart"]  # norms without cancellation bound the norm of the sum
     assert [(cell["sampler"], cell["gate"]) for cell in result["factors"]] == [
         ("own", "gelu"), ("own", "relu"), ("all", "gelu"), ("all", "relu")
     ]  # fmt: skip
@@ -99,10 +99,10 @@ def test_loud_and_silent_make_the_whole_and_gates_say_what_is_left():
 
 def test_growth_is_the_slope_of_the_logarithms():
     points = [
-        {"source": "s", "gate": "g", "patches": n, "leak": {"median": 0.01 * n**0.5, "apart": 0.1 * n}}
+        {"source": "s", "gate": "g", "patches": n, "leak": {"mean": 0.01 * n**0.5, "apart": 0.1 * n}}
         for n in (10, 100, 1000, 10_000)
     ]
-    assert activation.growth(points) == [{"source": "s", "gate": "g", "median": 0.5, "apart": 1.0}]
+    assert activation.growth(points) == [{"source": "s", "gate": "g", "mean": 0.5, "apart": 1.0}]
 
 
 def test_claims_are_those_the_model_gets_wrong(base, tmp_path, monkeypatch):
