@@ -2,7 +2,7 @@
 
     python -m xpatch.benchmarks.readme README.md
 
-reads `crosslingual.json` (and, where they are, its further parts, `demo.json`, `swap.json`, `kernel.json`, `kernel_stretch.json`, `latency.json` and the charts) from `benchmarks/results/` beside the README.
+reads `crosslingual.json` (and, where they are, its further parts, `hyper_editors.json`, `demo.json`, `swap.json`, `kernel.json`, `kernel_stretch.json`, `latency.json` and the charts) from `benchmarks/results/` beside the README.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ def block(results: Path) -> str:
         f"![{title}]({(RESULTS / name).as_posix()})" for name, title in CHARTS.items() if (results / name).is_file()
     ]
     parts += _further(results)
+    trained = _read(results / "hyper_editors.json")
+    if trained is not None:
+        parts.append(trained_editors(trained))
     if demo is not None:
         parts.append(_demo(demo))
     swap = _read(results / "swap.json")
@@ -86,6 +89,31 @@ def _further(results: Path) -> list[str]:
             view = views.paper_table(rows, part) if part == "all-wrong" else views.zero_shot_table(rows)
         parts.append(f"**{view.title}**\n\n{view.markdown()}")
     return parts
+
+
+def trained_editors(result: Mapping[str, Any]) -> str:
+    """KE, MEND and LiME: each edit alone, and all in one set."""
+    heads = [
+        "%",
+        "success",
+        "CLG mean",
+        "unseen paraphrases",
+        "others unchanged",
+        "CLG mean, all in one set",
+        "others unchanged",
+    ]
+    body = []
+    for row in result["rows"]:
+        alone, flips = row["alone"], row["together"]["flips"]
+        figures = [alone[name] for name in ("success", "clg_avg", "unseen_avg", "unchanged_avg")]
+        figures += [flips["clg"]["avg"], flips["unchanged"]["avg"]]
+        body.append([row["editor"].replace(":", ", "), *(f"{figure:.1f}" for figure in figures)])
+    edits, machine = result["rows"][0]["alone"]["edits"], result["header"]["machine"]
+    note = (
+        f"Trained editors on {edits} flipped claims of the validation facts, each edit alone on the base (the papers' protocol) and all in one set: "
+        f"changes made for the base alone add up, and disturb each other. Seed {result['header']['seeds'][0]}, {machine['cpu']}."
+    )
+    return f"{markdown.table(heads, body)}\n\n{note}"
 
 
 def _speed(results: Path) -> list[str]:

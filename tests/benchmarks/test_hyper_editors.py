@@ -9,7 +9,7 @@ import torch
 
 import xpatch
 from xpatch import zoo
-from xpatch.benchmarks import hyper_editors, hyper_measure
+from xpatch.benchmarks import hyper_editors, hyper_measure, readme
 from xpatch.zoo.verifier import data
 
 SMALL = {"steps": 1, "edits_per_step": 2, "validation_edits": 2, "rank": 8, "validate_every": 1}
@@ -59,6 +59,12 @@ def test_what_is_measured(result):
     )
     both = row["together"]
     assert set(both) == {"flips", "corrections"} and sum(both["flips"]["statuses"].values()) == 3
+
+
+def test_the_readme_shows_what_was_measured(result):
+    text = readme.trained_editors(result[1])
+    assert "| mend, en-en | " in text and "3 flipped claims" in text
+    assert f"{result[1]['rows'][0]['alone']['unchanged_avg']:.1f}" in text
 
 
 def test_the_work_folder_is_ignored_and_its_editors_are_used_again(result):
