@@ -106,8 +106,9 @@ def trained_editors(result: Mapping[str, Any]) -> str:
     for row in result["rows"]:
         alone, flips = row["alone"], row["together"]["flips"]
         figures = [alone[name] for name in ("success", "clg_avg", "unseen_avg", "unchanged_avg")]
-        figures += [flips["clg"]["avg"], flips["unchanged"]["avg"]]
-        body.append([row["editor"].replace(":", ", "), *(f"{figure:.1f}" for figure in figures)])
+        figures += [flips[name].get("avg") for name in ("clg", "unchanged")]  # nothing where no edit changed the model
+        shown = ("" if figure is None else f"{figure:.1f}" for figure in figures)
+        body.append([row["editor"].replace(":", ", "), *shown])
     edits, machine = result["rows"][0]["alone"]["edits"], result["header"]["machine"]
     note = (
         f"Trained editors on {edits} flipped claims of the validation facts, each edit alone on the base (the papers' protocol) and all in one set: "
