@@ -156,7 +156,9 @@ class _Bench:
         claims = self._claims[seed, most][:count]
         requests = editing_claims.requests(claims, languages)
         with watching() as watch:
-            patches, seconds, memory_seconds, used = self._edit(procedure, requests, seed)
+            begun, cpu = time.perf_counter(), time.process_time()
+            patches, memory, used = self._edit(procedure, requests, seed)
+            seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
         step = -(-len(claims) // self._size.asked)
         report = xpatch.evaluate(
             base.model, base.tokenizer, editing_claims.cases(claims, languages)[::step], patches, locality_test=self._watched,
@@ -174,8 +176,11 @@ class _Bench:
             "asked": report.edits,
             "steps": used["steps"],
             "seconds": round(seconds, 3),
-            "memory_seconds": round(memory_seconds, 3),
-            "edits_per_s": float(f"{len(claims) / (seconds - memory_seconds):.4g}"),
+            "memory_seconds": round(memory[0], 3),
+            "cpu_seconds": round(cpu, 3),
+            "memory_cpu_seconds": round(memory[1], 3),
+            "edits_per_s": float(f"{len(claims) / (seconds - memory[0]):.4g}"),
+            "edits_per_cpu_s": float(f"{len(claims) / (cpu - memory[1]):.4g}"),
             "right": editing_rows.all_right(report),
             "reliability": values["reliability"],
             "clg_avg": values["clg_avg"],
@@ -185,44 +190,45 @@ class _Bench:
             "peak_mb": watch.peak_mb,
         }
 
-    def _edit(self, procedure: str, requests: Sequence[Any], seed: int) -> tuple[Any, float, float, Mapping[str, Any]]:
-        """The patches, seconds in all, those of them that read the memory, and the settings used."""
+    def _edit(
+        self, procedure: str, requests: Sequence[Any], seed: int
+    ) -> tuple[Any, tuple[float, float], Mapping[str, Any]]:
+        """The patches, what reading the memory took (by the clock, of the processor), and the settings used."""
         base = self._base
         options = {"method": "mpn", "seed": seed, "memory": self._memory, **self._settings}
         if procedure == "plain":
             used = _hyperparameters(base, self._settings)
             if used["early_stop"]:
                 raise xpatch.XpatchError("the plain procedure runs all its steps; compare with early_stop=False")
-            begun = time.perf_counter()
             made = PlainEditor(base.model, base.tokenizer, used, seed).edit(requests, self._memory)
-            return made.patches, time.perf_counter() - begun, made.memory_seconds, used
+            return made.patches, (made.memory_seconds, made.memory_cpu_seconds), used
         if procedure == "cached":
             options["chunk"] = 1
         elif procedure != "chunked":
             raise xpatch.XpatchError(f"no procedure {procedure!r}; procedures are {', '.join(PROCEDURES)}")
         reading = _Reading(self._bar)
-        begun = time.perf_counter()
         patches = xpatch.edit(base.model, base.tokenizer, requests, progress=reading, **options)
-        seconds = time.perf_counter() - begun
         versions = [version for request in requests for version in request.versions.values()]
         own = {text for version in versions for text in (version.text, *(probe.text for probe in version.rephrases))}
-        return patches, seconds, reading.share(len(own)), patches.edits[0].hyperparameters
+        return patches, reading.share(len(own)), patches.edits[0].hyperparameters
 
 
 class _Reading:
     """Times the reading of texts from an editor's progress, and hands the progress on."""
 
     def __init__(self, bar: Steps) -> None:
-        self._bar, self._begun, self._ended, self._total = bar, time.perf_counter(), 0.0, 0
+        self._bar, self._total = bar, 0
+        self._begun = self._ended = (time.perf_counter(), time.process_time())
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage == "reading":
-            self._ended, self._total = time.perf_counter(), total
+            self._ended, self._total = (time.perf_counter(), time.process_time()), total
         self._bar.report(stage, done, total)
 
-    def share(self, own: int) -> float:
+    def share(self, own: int) -> tuple[float, float]:
         """Seconds of the texts that are not the edits' `own`: the memory is read in one go with them, in order of length."""
-        return (self._ended - self._begun) * max(0, self._total - own) / max(self._total, 1) if self._ended else 0.0
+        part = max(0, self._total - own) / max(self._total, 1)
+        return part * (self._ended[0] - self._begun[0]), part * (self._ended[1] - self._begun[1])
 
 
 def _hyperparameters(base: Base, settings: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -78,15 +78,17 @@ class NeuronConfig(Config):
 PAPER = NeuronConfig()
 
 # The default: a ReLU gate (a silent patch is exactly silent; hundreds of GELU patches leak into each other) and a fixed number of
-# steps with a falling learning rate on memory drawn anew for each step. A third of the 600 steps it once had: on validation facts, 200
-# reach the same (unseen paraphrases and other subjects within 0.3 points). From a few hundred edits on, each chunk meets the rows of earlier
-# edits that lie nearest and a sample of the others, so that a chunk costs the same however many edits there are.
+# steps with a falling learning rate on memory drawn anew for each step. It once was 600 steps at a rate of 0.01; on validation facts (three
+# seeds, 120 edits), 200 steps at 0.015 reach the same: unseen paraphrases 97.1 % against 97.2 %, other subjects unchanged 99.8 % both (at 0.01,
+# 200 steps lose 0.4 points of the paraphrases). From a few hundred edits on, each chunk meets the rows of earlier edits that lie nearest
+# and a sample of the others, so that a chunk costs the same however many edits there are.
 DEFAULT = NeuronConfig(
     activation="relu",
     copies=1,
     memory_per_step=6000,
     mates_per_step=2000,
     memory_validation=0.0,
+    learning_rate=1.5e-2,
     learning_rate_end=0.1,
     steps=200,
     early_stop=False,
@@ -107,7 +109,7 @@ PRESETS = {"paper": PAPER, "default": DEFAULT}
 # - every token has a row: beyond so many of other edits, the nearest stay in every step and the rest are drawn from.
 _TOKENS = {"mates_per_step": 8192, "confidence_penalty": 0.0}
 PAPER_LM = PAPER.model_copy(update={**_TOKENS, "memory_weight": 10.0, "memory_margin": 0.0, "label_smoothing": 0.1})
-# The 200 steps of classifiers' edits are not tried on language models.
-DEFAULT_LM = DEFAULT.model_copy(update={**_TOKENS, "steps": 600})
+# The fewer, longer steps of classifiers' edits are not tried on language models.
+DEFAULT_LM = DEFAULT.model_copy(update={**_TOKENS, "steps": 600, "learning_rate": 1e-2})
 
 LM_PRESETS = {"paper": PAPER_LM, "default": DEFAULT_LM}
