@@ -102,6 +102,7 @@ def run(
     result: dict[str, Any] = {
         "benchmark": "activation", "unit": "percent", "header": machine.header([seed], command), "settings": settings,
         "factor_settings": dict(FACTORS), "points": points, "factors": [],
+        "complete": False,
     }  # fmt: skip
 
     def keep() -> None:
@@ -139,6 +140,8 @@ def run(
         if factor_seeds:
             result["factors"] = two_by_two(factor_seeds, factor_edits, locality, source, protocol, folder, bar)
             keep()
+    result["complete"] = True
+    keep()
     return result
 
 

@@ -81,6 +81,7 @@ def run(
         "settings": settings,
         "geometry": geometry(model, tokenizer, asked),
         "rows": [],
+        "complete": False,
     }
     baseline = None
     with steps(progress, len(runs) * len(seeds)) as bar:
@@ -95,6 +96,7 @@ def run(
                 found.append(row)
                 bar.end()
             result["rows"].append(_row(method, name, languages, found))
+            result["complete"] = len(result["rows"]) == len(runs)
             if out is not None:
                 machine.write_json(result, Path(out))
     return result
