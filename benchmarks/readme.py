@@ -2,7 +2,7 @@
 
     python -m xpatch.benchmarks.readme README.md
 
-reads `crosslingual.json` (and, where they are, its further parts, `hyper_editors.json`, `demo.json`, `swap.json`, `kernel.json`, `kernel_stretch.json`, `latency.json` and the charts) from `benchmarks/results/` beside the README.
+reads `crosslingual.json` (and, where they are, its further parts, `hyper_editors.json`, `demo.json`, `swap.json`, `kernel.json`, `kernel_stretch.json`, `latency.json`, `editing.json` and the charts) from `benchmarks/results/` beside the README.
 """
 
 from __future__ import annotations
@@ -126,9 +126,11 @@ def _speed(results: Path) -> list[str]:
             parts.append(made(found))
     if (results / "kernel_stretch.svg").is_file():
         parts.append(f"![What patches cost, against their number]({(RESULTS / 'kernel_stretch.svg').as_posix()})")
-    latency = _read(results / "latency.json")
+    latency, editing = _read(results / "latency.json"), _read(results / "editing.json")
     if latency is not None:
         parts.append(speed_blocks.latency_block(latency))
+    if editing is not None:
+        parts.append(speed_blocks.editing_block(editing))
     return parts
 
 

@@ -82,3 +82,24 @@ def _times(row: Mapping[str, Any] | None) -> str:
 def _machine(result: Mapping[str, Any]) -> str:
     header = result["header"]
     return f"{header['machine']['cpu']}, {header['machine']['cores']} cores, torch {header['versions']['torch']}"
+
+
+def editing_block(result: Mapping[str, Any]) -> str:
+    """Editing on cached features beside the published procedure written plainly; then the goals."""
+    heads = ["base", "procedure", "edits", "edits a second", "right (%)", "CLG mean (%)", "locality (%)"]
+    body = [
+        [
+            row["base"],
+            f"{row['procedure']}, {row['steps']} steps",
+            f"{row['edits']}",
+            f"{row['edits_per_s']:.3g}",
+            *(f"{row[name]:.1f}" for name in ("right", "clg_avg", "locality")),
+        ]
+        for row in result["rows"]
+    ]
+    machine = result["header"]["machine"]
+    note = (
+        f"MPN's editing: *plain* is the published procedure with a forward of the whole model at every step, *cached* trains on the final FFN's "
+        f"features one edit at a time, *chunked* many side by side. {machine['cpu']}, {machine['threads']} threads, seeds {result['header']['seeds']}."
+    )
+    return "\n\n".join(filter(None, (table(heads, body), note, goal_table(result["goals"]))))

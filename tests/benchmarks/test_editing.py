@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import xpatch
-from xpatch.benchmarks import editing, editing_claims, editing_rows, editing_scale, texts
+from xpatch.benchmarks import editing, editing_claims, editing_rows, editing_scale, speed_blocks, texts
 from xpatch.benchmarks.editing import Size
 from xpatch.benchmarks.plain_editor import PlainEditor
 from xpatch.benchmarks.resident import watching
@@ -55,6 +55,7 @@ def test_rows_compare_the_procedures_at_equal_steps(base, tmp_path, monkeypatch)
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     found = {row["procedure"]: row for row in result["rows"]}
     assert list(found) == ["plain", "cached", "chunked"]
+    assert "| tiny | plain, 30 steps | 2 |" in speed_blocks.editing_block(result)
     assert [row["edits"] for row in found.values()] == [2, 3, 6]
     assert {row["steps"] for row in found.values()} == {30}
     for row in found.values():
