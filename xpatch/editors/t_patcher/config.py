@@ -78,7 +78,7 @@ class NeuronConfig(Config):
 PAPER = NeuronConfig()
 
 # The default: a ReLU gate (a silent patch is exactly silent; hundreds of GELU patches leak into each other) and a fixed number of
-# steps with a falling learning rate on memory drawn anew for each step. It once was 600 steps at a rate of 0.01; on validation facts (three
+# steps with a falling learning rate on memory drawn anew for each step. It once was 600 steps at a rate of 0.01; on validation facts (two
 # seeds, 120 edits), 200 steps at 0.015 reach the same: unseen paraphrases 97.1 % against 97.2 %, other subjects unchanged 99.8 % both (at 0.01,
 # 200 steps lose 0.4 points of the paraphrases). From a few hundred edits on, each chunk meets the rows of earlier edits that lie nearest
 # and a sample of the others, so that a chunk costs the same however many edits there are.
