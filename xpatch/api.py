@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +26,8 @@ from xpatch.runtime.status import Status, status_of
 from xpatch.runtime.typical import Sample, typical_rows
 
 if TYPE_CHECKING:
+    import torch
+
     from xpatch.patches.keys import Key
 
 __all__ = ["Rows", "Status", "apply", "disabled", "load", "optimize", "prepare", "remove", "rows", "save", "status"]
@@ -162,38 +164,36 @@ def prepare(
                 "`xpatch inspect --model DIR --linears` lists them"
             )
         points = {name: point_at(target, name, found) for name in names}
+        prepared = {name: point for name, (point, _) in points.items()}
+        snapshot, typical = runtime.snapshot, runtime.typical
+        if sample is not None:
+            reached = {**prepared, **snapshot.points}
+            typical = {**typical, **typical_rows(target, reached.values(), sample)}
+            snapshot = _packed_for(runtime, typical)
         room = None
         if capacity is not None:
             ffns = {site.name for site in found}
             chosen = {name: point for name, (point, _) in points.items() if name in ffns}
             widths = {name: width for name, (_, (width, _)) in points.items()}
             room = Capacity(target, chosen, widths, capacity, activation)
-            room.write(runtime.snapshot)
+            room.write(snapshot)
         guard_on_hooks()
-        runtime.publish(runtime.snapshot, prepared={name: point for name, (point, _) in points.items()})
-        runtime.capacity = room
+        runtime.publish(snapshot, prepared=prepared)
+        runtime.capacity, runtime.typical = room, typical
         if compiled:
             drop_compiled_code()
             guard_on_hooks()
-    if sample is not None:
-        _pack_for(runtime, sample)
     return model
 
 
-def _pack_for(runtime: Runtime, sample: Sample) -> None:
-    """Pack what is applied, and what will be, for the rows that `sample` brings to the sites."""
-    points = {**runtime.prepared, **runtime.snapshot.points}
-    found = typical_rows(runtime.model, points.values(), sample)
-    with WRITERS:
-        runtime.typical = {**runtime.typical, **found}
-        sets = {
-            name: replace(
-                applied,
-                parts=prepare_set(runtime.model, applied.patches, name, lambda: runtime.sites, runtime.typical).parts,
-            )
-            for name, applied in runtime.snapshot.sets.items()
-        }
-        runtime.publish(Snapshot.of(sets, runtime.snapshot.version + 1))
+def _packed_for(runtime: Runtime, typical: Mapping[str, torch.Tensor]) -> Snapshot:
+    """What is applied, its keys packed for the rows `typical` of their sites."""
+    model, snapshot = runtime.model, runtime.snapshot
+    sets = {
+        name: replace(applied, parts=prepare_set(model, applied.patches, name, lambda: runtime.sites, typical).parts)
+        for name, applied in snapshot.sets.items()
+    }
+    return Snapshot.of(sets, snapshot.version + 1)
 
 
 def optimize(model: Model, *, off: bool = False) -> Model:

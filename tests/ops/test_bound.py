@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpatch.errors import MismatchError
+from xpatch.errors import BackendError, MismatchError
 from xpatch.ops import BoundPatchFfn, native, pack_keys, patch_ffn, patch_ffn_fired
 
 ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "silu", "identity"]
@@ -102,6 +102,10 @@ def test_what_does_not_fit_is_refused(neurons):
         BoundPatchFfn(*neurons)(torch.randn(3, 24).half())
     with pytest.raises(MismatchError, match="same number of neurons"):
         BoundPatchFfn(keys, bias[1:], values, activation)
+    with pytest.raises(MismatchError, match=r"keys \[N, D\]"):
+        BoundPatchFfn(torch.tensor(1.0), bias, values, activation)
+    with pytest.raises(BackendError, match="packed keys"):
+        BoundPatchFfn(keys[1:], bias[1:], values[1:], activation, pack_keys(keys, bias, activation))(keys)
     with pytest.raises(MismatchError, match="unknown activation"):
         BoundPatchFfn(keys, bias, values, "tanh")
 

@@ -453,6 +453,7 @@ def test_rows_choose_the_directions_and_change_no_bit(many, monkeypatch):
 )
 def test_odd_rows_change_no_bit_either(rows):
     x, keys, bias, values = draw(4, COARSE_FROM_WIDTH, COARSE_FROM_NEURONS, 2, offset=-5)
+    assert pack_keys(keys, bias, "relu", rows).numel() == pack_keys(keys, bias, "relu").numel()
     expected = run(x, keys, bias, values, "relu", pack_keys(keys, bias, "relu"))[0]
     assert same_bits(run(x, keys, bias, values, "relu", pack_keys(keys, bias, "relu", rows))[0], expected)
 

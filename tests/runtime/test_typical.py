@@ -70,6 +70,22 @@ def test_rows_are_those_that_reach_the_site(wide, token_ids):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("before", [False, True], ids=["compiled first", "prepared first"])
+def test_compiled_models(wide, token_ids, before):
+    if before:
+        xpatch.prepare(wide)
+    wide.compile(backend="eager", fullgraph=True)
+    wide(token_ids)
+    xpatch.prepare(wide, sample={"input_ids": token_ids})
+    (rows,) = runtime_of(wide).typical.values()
+    assert len(rows) == token_ids.numel()
+    xpatch.apply(wide, thousands(wide), name="many")
+    patched = wide(token_ids).logits
+    with xpatch.disabled(wide):
+        assert not torch.equal(wide(token_ids).logits, patched)
+
+
+@torch.no_grad()
 def test_many_rows_are_thinned(wide):
     ids = torch.randint(5, 99, (300, 8))
     xpatch.prepare(wide, sample={"input_ids": ids})
@@ -89,5 +105,10 @@ def test_a_sample_the_model_cannot_answer_leaves_no_trace(wide, token_ids):
     with pytest.raises((TypeError, ValueError)):
         xpatch.prepare(wide, sample={"no_such_argument": token_ids})
     assert packed(wide) is before and not runtime_of(wide).typical
+    bare = copy.deepcopy(wide)
+    xpatch.remove(bare)
+    with pytest.raises((TypeError, ValueError)):
+        xpatch.prepare(bare, sample={"no_such_argument": token_ids})
+    assert runtime_of(bare) is None  # not even prepared
     modules = [wide, wide.get_submodule(final_ffn(wide).up)]
     assert all(hook.__module__.startswith("xpatch") for m in modules for hook in m._forward_pre_hooks.values())

@@ -28,12 +28,12 @@ class BoundPatchFfn:
     def __init__(
         self, keys: Tensor, bias: Tensor, values: Tensor, activation: str, packed: Tensor | None = None
     ) -> None:
-        activation = _check(keys[:0], keys, bias, values, activation, packed)
+        activation = _check(keys, keys, bias, values, activation, packed)  # keys stand for inputs
         self._neurons = (keys, bias, values, activation, packed)
         self._dtype, self._width, self._square = keys.dtype, keys.shape[1], keys.shape[1] == values.shape[1]
         self._kernel = None
         trained = keys.requires_grad or bias.requires_grad or values.requires_grad
-        if packed is not None and keys.is_cpu and not trained and keys.shape[1] and _screens(keys, packed):
+        if packed is not None and not trained and keys.shape[1] and _screens(keys, packed):
             keys, bias, values, packed = dense_rows(keys), bias.contiguous(), dense_rows(values), packed.contiguous()
             self._held = (keys, bias, values, packed)  # what the kernel points to
             self._kernel = native.load().PatchFfnCall(

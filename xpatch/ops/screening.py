@@ -24,12 +24,12 @@ def pack_keys(keys: Tensor, bias: Tensor, activation: str, rows: Tensor | None =
         keys: ``[N, D]``, fp32, fp16 or bf16.
         bias: ``[N]``, same dtype and device.
         activation: as for :func:`xpatch.ops.patch_ffn`; the cut-off is part of what is packed.
-        rows: ``[M, D]``, any floating dtype: typical inputs, a few hundred or more. With thousands of neurons they decide which
+        rows: ``[M, D]``, any floating dtype: typical inputs, a few hundred or more; those that are not finite do not count. With thousands of neurons they decide which
             coordinates are looked at first, which rules out more neurons for less work. Results do not depend on them.
 
     Returns:
-        ``[bytes]`` uint8, N·D bytes and a third or a quarter more, on the CPU; it is meant for this process and these tensors. None where screening cannot
-        help: no native build, another device or dtype, no neurons, D above 32 768, an activation without a cut-off (identity).
+        ``[bytes]`` uint8, about N·D bytes and with thousands of keys a third or a quarter more, on the CPU; it is meant for this
+        process and these tensors. None where screening cannot help: no native build, another device or dtype, no neurons, D above 32 768, an activation without a cut-off (identity).
 
     Raises:
         MismatchError: keys and bias do not fit together, rows have another width, or the activation is unknown.
@@ -107,6 +107,7 @@ def _leading_directions(keys: Tensor, rows: Tensor | None = None) -> Tensor | No
     much is screened away, never what comes out.
     """
     some, share = _of_one_length(keys), COARSE_SHARE
+    rows = None if rows is None else rows[rows.isfinite().all(1)]
     if rows is not None and len(rows):
         some = torch.cat([some, _of_one_length(rows.detach().to(keys.device))])
         share += keys.numel() >= QUARTER_FROM_BYTES

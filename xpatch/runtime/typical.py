@@ -41,7 +41,8 @@ def typical_rows(model: nn.Module, points: Iterable[Point], sample: Sample) -> d
         return hook
 
     training = [module for module in model.modules() if module.training]
-    with Surgery() as surgery, torch.no_grad():
+    # Code that was compiled before would not see the hooks.
+    with Surgery() as surgery, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for point in points:
             surgery.before(model.get_submodule(point.reads), keep(point.site), kwargs=True)
         try:

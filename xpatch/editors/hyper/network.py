@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +27,12 @@ class Condition:
     generator: torch.Generator | None = None
 
 
-class HyperNetwork(torch.nn.Module):
+class HyperNetwork(torch.nn.Module, ABC):
     """A network that is trained to edit: signals in, factors out."""
 
+    @abstractmethod
     def forward(self, signals: Mapping[str, Signals], condition: Condition) -> dict[str, Factors]:
         """Linear name -> factors."""
-        raise NotImplementedError
 
     def group_of(self, name: str) -> str:
         """ "main", "step" (MEND's alphas) or "mask": which learning rate the parameter `name` has."""
