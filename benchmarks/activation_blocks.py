@@ -18,9 +18,8 @@ import torch
 from safetensors import safe_open
 
 import xpatch
-from xpatch import EditRequest, Version
+from xpatch import EditRequest
 from xpatch.evaluation import predict
-from xpatch.patches.requests import Probe
 from xpatch.zoo.verifier import data
 
 from . import texts, trained_neurons
@@ -64,7 +63,7 @@ def many(base: Base, count: int, locality: int | None, seed: int, store: Path | 
     parts, groups = other_subjects(base, edited, locality)
 
     def asked(wordings: Sequence[int]) -> list[EditRequest]:
-        return [_request(item, number, base.languages, wordings) for number, item in enumerate(found)]
+        return [texts.request(item, number, base.languages, wordings) for number, item in enumerate(found)]
 
     return Protocol(asked(TRAINED), asked(UNSEEN), parts["train"], parts["test"], groups)
 
@@ -171,7 +170,7 @@ def gathered_cases(base: Base, blocks: int, seed: int, sample: int) -> list[Edit
     found = predict(base.model, base.tokenizer, asked)
     size = len(base.languages)
     return [
-        _request(claims[i], i, base.languages, UNSEEN)
+        texts.request(claims[i], i, base.languages, UNSEEN)
         for row, i in enumerate(places)
         if any(answer != claims[i].label for answer in found[row * size : (row + 1) * size])
     ]
@@ -187,18 +186,3 @@ def other_subjects(base: Base, edited: set[str], locality: int | None) -> tuple[
         parts[kind] = {language: [probes[language][i] for i in kept] for language in base.languages}
         groups[kind] = [other.groups[kind][i] for i in kept]
     return parts, groups
-
-
-def _request(item: data.Claim, number: int, languages: Sequence[str], wordings: Sequence[int]) -> EditRequest:
-    return EditRequest(
-        id=f"{number}:{item.id}",
-        target=item.label,
-        versions={
-            language: Version(
-                text=item.texts[language][0],
-                subject=item.fact.labels[language][0],
-                rephrases=tuple(Probe(text=item.texts[language][i]) for i in wordings),
-            )
-            for language in languages
-        },
-    )

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from xpatch import EditRequest, Version
+from xpatch import EditRequest
 from xpatch.evaluation import predict_indices
 from xpatch.patches.requests import Probe
 from xpatch.zoo.verifier import data
@@ -74,21 +74,7 @@ def requests(
     claims: Sequence[data.Claim], languages: Sequence[str], rephrases: Sequence[int] = TRAINED
 ) -> list[EditRequest]:
     """Claims as edit requests with the wordings `rephrases`."""
-    return [
-        EditRequest(
-            id=f"{number}:{item.id}",
-            target=item.label,
-            versions={
-                language: Version(
-                    text=item.texts[language][0],
-                    subject=item.fact.labels[language][0],
-                    rephrases=tuple(Probe(text=item.texts[language][index]) for index in rephrases),
-                )
-                for language in languages
-            },
-        )
-        for number, item in enumerate(claims)
-    ]
+    return [texts.request(item, number, languages, rephrases) for number, item in enumerate(claims)]
 
 
 def cases(claims: Sequence[data.Claim], languages: Sequence[str]) -> list[EditRequest]:

@@ -14,6 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from xpatch import EditRequest, Version
+from xpatch.patches.requests import Probe
 from xpatch.zoo.verifier import data
 
 from .protocol import INVERSE
@@ -37,6 +38,19 @@ def claims(seed: int, split: str = "edit") -> Iterator[data.Claim]:
 @functools.cache
 def _drawn(seed: int) -> tuple[list[data.Claim], Iterator[data.Claim]]:
     return [], claims(seed)
+
+
+def request(item: data.Claim, number: int, languages: Sequence[str], rephrases: Sequence[int]) -> EditRequest:
+    """A claim as an edit with the wordings `rephrases`; `number` makes its id."""
+    versions = {
+        language: Version(
+            text=item.texts[language][0],
+            subject=item.fact.labels[language][0],
+            rephrases=tuple(Probe(text=item.texts[language][index]) for index in rephrases),
+        )
+        for language in languages
+    }
+    return EditRequest(id=f"{number}:{item.id}", target=item.label, versions=versions)
 
 
 def requests(seed: int, start: int, stop: int, languages: Sequence[str] = LANGUAGES) -> list[EditRequest]:

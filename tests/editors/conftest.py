@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import xpatch
 from xpatch.editors.cache import FeatureCache
 from xpatch.editors.inputs import as_memory, labels_of, resolve_edits
 from xpatch.editors.task import Task
@@ -181,3 +182,9 @@ QUICK = {
     "calinet": {"steps": 100, "learning_rate": 0.02, "memory_weight": 0.1},
     "grace": {"steps": 100},
 }
+
+
+def quick_edit(model: Any, tokenizer: Any, requests: Any, method: str, **options: Any) -> Any:
+    """`xpatch.edit` with the quick settings of a method and a small memory."""
+    settings = {"memory": memory(), "progress": False, **QUICK[method], **options}
+    return xpatch.edit(model, tokenizer, requests, method, **settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -123,8 +123,29 @@ class EditRows:
 
     def _memory(self, count: int, everything: bool) -> list[int]:
         languages = {wording.language for plan in self.plans for wording in plan.chosen}
-        own = not everything and any(language in languages for language in self.task.memory)
-        probes = [p for name, texts in self.task.memory.items() if not own or name in languages for p in texts]
-        self.task.rng("memory").shuffle(probes)
-        edited = {row for plan in self.plans for row in plan.rows}
-        return [row for row in dict.fromkeys(self.task.cache.want(probes[:count])) if row not in edited]
+        return memory_rows(self.task, None if everything else languages, count, self.plans)
+
+
+class OfEdit(Protocol):
+    """An edit and the cached rows it is trained on."""
+
+    @property
+    def edit(self) -> Edit: ...
+    @property
+    def rows(self) -> tuple[int, ...]: ...
+
+
+def memory_rows(task: Task, languages: set[str] | None, count: int, plans: Sequence[OfEdit]) -> list[int]:
+    """Rows of the first `count` memory texts in a random order, without what any edit is about: its texts in all languages, rephrases
+    included, and the rows it is trained on.
+
+    languages: texts of these alone, where the memory has any of them; None: of all.
+    """
+    chosen = [name for name in task.memory if languages is not None and name in languages] or task.memory
+    probes = [probe for name in chosen for probe in task.memory[name]]
+    task.rng("memory").shuffle(probes)
+    wordings = [wording.probe for plan in plans for wording in (*plan.edit.versions, *plan.edit.rephrases)]
+    known = {(probe.text, probe.text_pair) for probe in wordings}
+    kept = [probe for probe in probes if (probe.text, probe.text_pair) not in known]
+    edited = {row for plan in plans for row in plan.rows}
+    return [row for row in dict.fromkeys(task.cache.want(kept, count)) if row not in edited]

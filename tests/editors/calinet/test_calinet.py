@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,12 +10,12 @@ import torch
 
 import xpatch
 from tests.editors.conftest import (
-    QUICK,
     ask,
     logits_of_model,
     make_requests,
     memory,
     model_of,
+    quick_edit,
     task_of,
     tokenizer_of,
 )
@@ -22,11 +23,7 @@ from xpatch.editors.calinet.config import PRESETS
 from xpatch.editors.calinet.train import Slots
 from xpatch.errors import ConflictError, MismatchError
 
-
-def train(model: Any, tokenizer: Any, requests: Any, **options: Any) -> Any:
-    return xpatch.edit(
-        model, tokenizer, requests, "calinet", **{"memory": memory(), "progress": False, **QUICK["calinet"], **options}
-    )
+train = partial(quick_edit, method="calinet")
 
 
 def test_slots_are_the_ffn_widened(model: Any, tokenizer: Any) -> None:

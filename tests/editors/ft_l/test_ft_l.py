@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,12 +10,12 @@ import torch
 
 import xpatch
 from tests.editors.conftest import (
-    QUICK,
     ask,
     logits_of_model,
     make_requests,
     memory,
     model_of,
+    quick_edit,
     task_of,
     texts_of,
     tokenizer_of,
@@ -24,11 +25,7 @@ from xpatch.editors.ft_l.train import BoxedTraining, FinalLayer, InnerLayer
 from xpatch.errors import FormatError, MismatchError
 from xpatch.models.anatomy import find_ffn_sites
 
-
-def train(model: Any, tokenizer: Any, requests: Any, **options: Any) -> Any:
-    return xpatch.edit(
-        model, tokenizer, requests, "ft-l", **{"memory": memory(), "progress": False, **QUICK["ft-l"], **options}
-    )
+train = partial(quick_edit, method="ft-l")
 
 
 @pytest.mark.parametrize("box", [5e-4, 2e-2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,12 +10,12 @@ import torch
 
 import xpatch
 from tests.editors.conftest import (
-    QUICK,
     ask,
     logits_of_model,
     make_requests,
     memory,
     model_of,
+    quick_edit,
     task_of,
     texts_of,
     tokenizer_of,
@@ -23,11 +24,7 @@ from xpatch.editors.grace.config import PRESETS
 from xpatch.editors.grace.editor import _Run
 from xpatch.errors import ConflictError, MismatchError
 
-
-def train(model: Any, tokenizer: Any, requests: Any, **options: Any) -> Any:
-    return xpatch.edit(
-        model, tokenizer, requests, "grace", **{"memory": memory(), "progress": False, **QUICK["grace"], **options}
-    )
+train = partial(quick_edit, method="grace")
 
 
 @pytest.mark.parametrize("preset", ["paper", "default"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from xpatch.editors.rows import memory_rows
 from xpatch.editors.samplers import Sampler
 from xpatch.editors.t_patcher.config import NeuronConfig
 from xpatch.editors.t_patcher.coordinates import Coordinates
@@ -105,19 +106,9 @@ class EditRows:
         return Plan(edit, chosen, rows, labels, texts, required, tuple(self.task.cache.want(edit.negatives)))
 
     def _memory_rows(self) -> list[int]:
-        languages = {plan.edit.versions[0].language for plan in self.plans}
-        own = self.config.memory_languages == "own" and any(language in languages for language in self.task.memory)
-        probes = [p for language, texts in self.task.memory.items() if not own or language in languages for p in texts]
-        self.task.rng("memory").shuffle(probes)
-        edited = {row for plan in self.plans for row in plan.rows}
-        known = {
-            (p.text, p.text_pair)
-            for plan in self.plans
-            for w in (*plan.edit.versions, *plan.edit.rephrases)
-            for p in [w.probe]
-        }
-        kept = [p for p in probes if (p.text, p.text_pair) not in known]
-        return [row for row in dict.fromkeys(self.task.cache.want(kept, self.config.memory_rows)) if row not in edited]
+        own = {plan.edit.versions[0].language for plan in self.plans}
+        languages = own if self.config.memory_languages == "own" else None
+        return memory_rows(self.task, languages, self.config.memory_rows, self.plans)
 
     def _noise(self, plan: Plan, neurons: int, turn: int, width: int) -> torch.Tensor:
         return torch.randn(neurons, width, generator=self.task.generator("values", plan.edit.request.id, str(turn)))
