@@ -19,6 +19,8 @@ class MaskedConfig(NeuronConfig):
     mask_steps: int = Field(default=150, ge=1)
     mask_rate: float = Field(default=2e-2, gt=0)
     """Adam's learning rate for the masks; it falls as the neurons' does."""
+    mask_neuron_rate: float = Field(default=1.5e-2, gt=0)
+    """The learning rate of the neurons the masks are learned with, which are trained on plain rows."""
     mask_shrink: float = Field(default=0.0, ge=0)
     """Weight of ‖mask - 1‖², summed over languages, beside the mean loss of an edit."""
     fold: str | None = None

@@ -53,7 +53,7 @@ def learn(
     neurons, masks = _Adam(parameters, config), torch.optim.Adam([change], lr=config.mask_rate)
     residual, base = cache.residual[own], cache.base[own]
     weights = torch.ones(own.shape, device=device)
-    rate = torch.full((len(own),), config.learning_rate, device=device)
+    rate = torch.full((len(own),), config.mask_neuron_rate, device=device)
     for step in range(config.mask_steps):
         for p in parameters:
             p.requires_grad_(True)

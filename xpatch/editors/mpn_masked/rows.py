@@ -64,9 +64,9 @@ class MaskedRows(FeatureCache):
         return len(self._known)
 
     def want(self, probes: Iterable[Probe], limit: int | None = None) -> list[int]:
-        """Row numbers of (the first `limit` of) `Spoken` probes."""
+        """Row numbers of (the first `limit` of) probes; those that are not `Spoken` are of no language."""
         asked = list(itertools.islice(probes, limit))
-        codes = [self._code.get(probe.language, len(self._code)) for probe in asked if isinstance(probe, Spoken)]
+        codes = [self._code.get(getattr(probe, "language", ""), len(self._code)) for probe in asked]
         return [
             self._known.setdefault(pair, len(self._known)) for pair in zip(self._plain.want(asked), codes, strict=True)
         ]

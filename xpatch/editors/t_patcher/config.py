@@ -31,13 +31,20 @@ class NeuronConfig(Config):
     """Memory texts of the requests' own languages only, or of all languages."""
     memory_rows: int = Field(default=40_000, ge=0)
     """Size of the memory, drawn once from the texts given."""
+    memory_noise: int = Field(default=0, ge=0)
+    """Texts of random tokens that join the memory (classifiers): whatever is said, in any language, patches must be silent."""
     memory_per_step: int = Field(default=0, ge=0)
     """Memory rows drawn anew for each step; 0: all of them in every step."""
+    mates: Literal["earlier", "all"] = "earlier"
+    """Whose rows must stay silent: those of the edits before and beside, or of all edits of the call."""
     mates_per_step: int = Field(default=0, ge=0)
     """Where other edits have more rows than this, a chunk's nearest half of so many are memory in every step, and of the rest this
     many, drawn anew for each step; 0: all of them in every step."""
     memory_validation: float = Field(default=0.2, ge=0, lt=1)
     """Share of the memory kept apart for the stopping rule."""
+
+    coordinates: Literal["plain", "whitened"] = "plain"
+    """Train keys on rows as they are, or on rows with unit variance in every direction; either way the set holds keys for plain rows."""
 
     confidence_penalty: float = 0.1
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -80,7 +87,7 @@ PAPER = NeuronConfig()
 # The default: a ReLU gate (a silent patch is exactly silent; hundreds of GELU patches leak into each other) and a fixed number of
 # steps with a falling learning rate on memory drawn anew for each step. It once was 600 steps at a rate of 0.01; on validation facts (two
 # seeds, 120 edits), 200 steps at 0.015 reach the same: unseen paraphrases 97.1 % against 97.2 %, other subjects unchanged 99.8 % both (at 0.01,
-# 200 steps lose 0.4 points of the paraphrases). From a few hundred edits on, each chunk meets the rows of earlier edits that lie nearest
+# 200 steps lose 0.4 points of the paraphrases). From a few hundred edits on, each chunk meets the rows of other edits that lie nearest
 # and a sample of the others, so that a chunk costs the same however many edits there are.
 DEFAULT = NeuronConfig(
     activation="relu",

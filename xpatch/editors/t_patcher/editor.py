@@ -28,7 +28,6 @@ from xpatch.patches.types import ACTIVATIONS, EditStatus, PatchNeurons
 
 PART = "neurons"
 _TRIES = 4  # an edit that repairs do not help waits after so many chunks: contradictions would be trained beside every chunk to come
-_SCALED_ROWS = 32768  # of the edits' rows, so many are enough for a mean and a deviation
 EDITS = (
     "sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2), single texts and pairs; language models: encoder-decoders (BART, mBART, T5, "
     "mT5), decoders (GPT-2, BLOOM, Llama, Qwen ...) and masked ones; "
@@ -120,10 +119,7 @@ class _Run(EditRows):
             wrong = [edit for edit in self.accepted if not right[edit]]
             if not wrong:
                 return
-            rows = self.tensor(sorted({row for plan in self.plans for row in plan.rows}))
-            scaled = Coordinates.scaled(
-                torch.cat((self.memory, self.task.cache.x[rows[:: len(rows) // _SCALED_ROWS + 1]]))
-            )
+            scaled = Coordinates.scaled(self.typical())
             self.neurons.drop(torch.tensor(wrong, device=self.device))
             self.learn_all(wrong, self.config.max_neurons, turn, decided, scaled)
 
@@ -156,8 +152,9 @@ class _Run(EditRows):
                 self.task.report("training", decided + int(share * len(edits)), len(self.plans))
 
         keys, bias, values = train(problem, self.config, self.task.head.tail, self.activation, generator, tick)
-        if coordinates is not None:
-            keys, bias = coordinates.fold(keys, bias)
+        used = coordinates or self.coordinates
+        if used is not None:
+            keys, bias = used.fold(keys, bias)
         self.neurons.add(torch.tensor(edits, device=self.device), keys, bias, values)
         for edit in edits:
             self.seconds[edit] += (time.perf_counter() - begun) / len(edits)

@@ -10,11 +10,13 @@ from xpatch.editors.t_patcher.config import NeuronConfig
 from xpatch.editors.t_patcher.coordinates import Coordinates
 from xpatch.editors.t_patcher.mates import mates
 from xpatch.editors.t_patcher.neurons import Neurons
+from xpatch.editors.t_patcher.noise import noise
 from xpatch.editors.t_patcher.plans import Plan, Slots
 from xpatch.editors.t_patcher.standing import Standing
 from xpatch.editors.t_patcher.train import Problem
 from xpatch.editors.task import Edit, Task
 
+_TYPICAL = 32768  # of the edits' rows, so many are enough for a mean and a covariance
 LOGITS = 2**25  # at most so many at once: a language model has a vocabulary for each row
 
 
@@ -34,6 +36,7 @@ class EditRows:
         if task.decoding is not None:  # the tokens of one text lie together, and what a step draws follows each other
             kept = self._shuffled(kept, "memory", "tokens")
         self.held, self.memory = task.cache.x[held], task.cache.x[kept]
+        self.coordinates = self._coordinates()
         self.neurons = Neurons.none(task.cache.x.shape[1], self.activation, self.device)
         self.accepted: list[int] = []  # edits with neurons, in the order they were taken up
         self.slots: dict[int, Slots] = {}  # of a language model's edits
@@ -41,17 +44,19 @@ class EditRows:
         self.standing = Standing(task.cache, task.head.tail, self.neurons, asked, max(1, LOGITS // self.width))
 
     def problem(self, edits: list[int], neurons: int, turn: int, coordinates: Coordinates | None = None) -> Problem:
-        """Gather the cached rows of `edits`, in `coordinates`; base outputs hold what the current neurons add."""
+        """Gather the cached rows of `edits`, in `coordinates`, by default the run's; base outputs hold what the current neurons add."""
         cache, plans = self.task.cache, [self.plans[edit] for edit in edits]
         width = max(len(plan.rows) for plan in plans)
         index = self.tensor([[plan.rows[i % len(plan.rows)] for i in range(width)] for plan in plans])
         labels = self.tensor([[plan.labels[i % len(plan.rows)] for i in range(width)] for plan in plans])
         required = self.tensor([[i < plan.required for i in range(width)] for plan in plans])
-        seen = coordinates.forward if coordinates is not None else lambda x: x
+        used = coordinates or self.coordinates
+        seen = used.forward if used is not None else lambda x: x
         plain = cache.x[index]
         x = seen(plain)
         shared = torch.zeros(len(cache.x), dtype=torch.bool, device=self.device)
-        shared[self.tensor([row for edit in self.accepted for row in self.plans[edit].rows])] = True
+        others_of = range(len(self.plans)) if self.config.mates == "all" else self.accepted
+        shared[self.tensor([row for edit in others_of for row in self.plans[edit].rows])] = True
         others = mates(
             shared, [p.rows for p in plans], [p.negatives for p in plans], cache.x, self.config.mates_per_step
         )
@@ -108,7 +113,23 @@ class EditRows:
     def _memory_rows(self) -> list[int]:
         own = {plan.edit.versions[0].language for plan in self.plans}
         languages = own if self.config.memory_languages == "own" else None
-        return memory_rows(self.task, languages, self.config.memory_rows, self.plans)
+        kept = memory_rows(self.task, languages, self.config.memory_rows, self.plans)
+        pairs = any(plan.edit.versions[0].probe.text_pair is not None for plan in self.plans)
+        drawn = noise(self.task.tokenizer, self.config.memory_noise, self.task.rng("noise"), pairs=pairs)
+        edited = {row for plan in self.plans for row in plan.rows}
+        far = [row for row in self.task.cache.want(drawn) if row not in edited]
+        rows = list(dict.fromkeys([*kept, *far]))
+        if far:  # what a step draws follows each other
+            self.task.rng("memory", "noise").shuffle(rows)
+        return rows
+
+    def _coordinates(self) -> Coordinates | None:
+        return Coordinates.whitened(self.typical()) if self.config.coordinates == "whitened" else None
+
+    def typical(self) -> torch.Tensor:
+        """Rows `[M, D]` that say what is usual: the memory's, and a sample of the edits' own."""
+        rows = self.tensor(sorted({row for plan in self.plans for row in plan.rows}))
+        return torch.cat((self.memory, self.task.cache.x[rows[:: len(rows) // _TYPICAL + 1]]))
 
     def _noise(self, plan: Plan, neurons: int, turn: int, width: int) -> torch.Tensor:
         return torch.randn(neurons, width, generator=self.task.generator("values", plan.edit.request.id, str(turn)))
