@@ -28,6 +28,7 @@ from xpatch.patches.types import ACTIVATIONS, EditStatus, PatchNeurons
 
 PART = "neurons"
 _TRIES = 4  # an edit that repairs do not help waits after so many chunks: contradictions would be trained beside every chunk to come
+_RESCUE_STEPS = 240  # what is left over is hard: the default's 60 steps are too few for it
 EDITS = (
     "sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2), single texts and pairs; language models: encoder-decoders (BART, mBART, T5, "
     "mT5), decoders (GPT-2, BLOOM, Llama, Qwen ...) and masked ones; "
@@ -151,7 +152,10 @@ class _Run(EditRows):
             if not turn:
                 self.task.report("training", decided + int(share * len(edits)), len(self.plans))
 
-        keys, bias, values = train(problem, self.config, self.task.head.tail, self.activation, generator, tick)
+        config = self.config
+        if coordinates is not None:
+            config = config.model_copy(update={"steps": max(config.steps, _RESCUE_STEPS)})
+        keys, bias, values = train(problem, config, self.task.head.tail, self.activation, generator, tick)
         used = coordinates or self.coordinates
         if used is not None:
             keys, bias = used.fold(keys, bias)

@@ -26,7 +26,7 @@ class EditRows:
     def __init__(self, task: Task, config: NeuronConfig, activation: str, method: str, sampler: Sampler) -> None:
         self.task, self.config, self.activation = task, config, activation
         self.plans = [self._plan(edit, sampler, method) for edit in task.edits]
-        memory = self._memory_rows()
+        memory, far = self._memory_rows(), self._random_rows()
         task.cache.fill(task.report)
         self.device = task.cache.x.device
         split = round(len(memory) * config.memory_validation) if config.early_stop else 0
@@ -36,6 +36,10 @@ class EditRows:
         if task.decoding is not None:  # the tokens of one text lie together, and what a step draws follows each other
             kept = self._shuffled(kept, "memory", "tokens")
         self.held, self.memory = task.cache.x[held], task.cache.x[kept]
+        self.everything = self.memory  # and random texts
+        if far:
+            both = torch.cat((kept, torch.tensor(far, device=self.device)))
+            self.everything = task.cache.x[self._shuffled(both.unique(), "memory", "noise")]
         self.coordinates = self._coordinates()
         self.neurons = Neurons.none(task.cache.x.shape[1], self.activation, self.device)
         self.accepted: list[int] = []  # edits with neurons, in the order they were taken up
@@ -74,7 +78,8 @@ class EditRows:
             base=cache.base[index] + self.neurons.output(plain.flatten(0, 1)).view_as(plain),
             labels=labels,
             required=required,
-            memory=seen(self.memory),
+            # An edit that all else has failed for is worth more than silence on random texts.
+            memory=seen(self.everything if coordinates is None else self.memory),
             held=seen(self.held),
             mates=seen(cache.x[others.rows]),
             foreign=others.foreign,
@@ -113,15 +118,14 @@ class EditRows:
     def _memory_rows(self) -> list[int]:
         own = {plan.edit.versions[0].language for plan in self.plans}
         languages = own if self.config.memory_languages == "own" else None
-        kept = memory_rows(self.task, languages, self.config.memory_rows, self.plans)
+        return memory_rows(self.task, languages, self.config.memory_rows, self.plans)
+
+    def _random_rows(self) -> list[int]:
+        """Rows of random texts that no edit is about."""
         pairs = any(plan.edit.versions[0].probe.text_pair is not None for plan in self.plans)
         drawn = noise(self.task.tokenizer, self.config.memory_noise, self.task.rng("noise"), pairs=pairs)
         edited = {row for plan in self.plans for row in plan.rows}
-        far = [row for row in self.task.cache.want(drawn) if row not in edited]
-        rows = list(dict.fromkeys([*kept, *far]))
-        if far:  # what a step draws follows each other
-            self.task.rng("memory", "noise").shuffle(rows)
-        return rows
+        return [row for row in dict.fromkeys(self.task.cache.want(drawn)) if row not in edited]
 
     def _coordinates(self) -> Coordinates | None:
         return Coordinates.whitened(self.typical()) if self.config.coordinates == "whitened" else None
@@ -129,7 +133,7 @@ class EditRows:
     def typical(self) -> torch.Tensor:
         """Rows `[M, D]` that say what is usual: the memory's, and a sample of the edits' own."""
         rows = self.tensor(sorted({row for plan in self.plans for row in plan.rows}))
-        return torch.cat((self.memory, self.task.cache.x[rows[:: len(rows) // _TYPICAL + 1]]))
+        return torch.cat((self.everything, self.task.cache.x[rows[:: len(rows) // _TYPICAL + 1]]))
 
     def _noise(self, plan: Plan, neurons: int, turn: int, width: int) -> torch.Tensor:
         return torch.randn(neurons, width, generator=self.task.generator("values", plan.edit.request.id, str(turn)))
