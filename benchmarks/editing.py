@@ -1,10 +1,10 @@
-"""Editing at speed: edits a second of our editor beside the published procedure written plainly, on equal texts.
+"""Editing at speed: edits a second of our editor beside the published procedure written plainly, at equal steps and equal texts.
 
     xpatch bench editing --json results.json
 
 Three procedures, back to back in one process, on the same stream of claims: "plain" (plain_editor.py: one edit after the other, a forward of
-the whole model at every step, with `PLAIN` settings), "cached" (`xpatch.edit` with chunk=1: one after the other on cached features) and
-"chunked" (as it comes). Finished parts are kept beside the result file. `editing_scale.py` is the same question for thousands of edits.
+the whole model at every step), "cached" (`xpatch.edit` with chunk=1: one after the other on cached features) and "chunked" (as it
+comes). Finished parts are kept beside the result file. `editing_scale.py` is the same question for thousands of edits.
 """
 
 from __future__ import annotations
@@ -28,12 +28,6 @@ from .resident import watching
 from .trained_base import Base
 
 PROCEDURES = ("plain", "cached", "chunked")
-# Transformer-Patcher's training with MPN's sampler, as far as the default does otherwise: keys trained on rows as they are, which takes
-# 200 steps (the published procedure takes up to 2 000).
-PLAIN: Mapping[str, Any] = {
-    "coordinates": "plain", "memory_noise": 0, "memory_per_step": 6000, "activation_weight": 1.0, "learning_rate": 1.5e-2,
-    "weight_decay": 0.01, "steps": 200,
-}  # fmt: skip
 CODE = ("editing", "plain_editor", "resident")
 ROOMS = ("models", "ops", "patches", "editors", "evaluation")
 SEEDS = (0, 1, 2)
@@ -203,7 +197,7 @@ class _Bench:
         base = self._base
         options = {"method": "mpn", "seed": seed, "memory": self._memory, **self._settings}
         if procedure == "plain":
-            used = _hyperparameters(base, {**PLAIN, **self._settings})
+            used = _hyperparameters(base, self._settings)
             if used["early_stop"]:
                 raise xpatch.XpatchError("the plain procedure runs all its steps; compare with early_stop=False")
             made = PlainEditor(base.model, base.tokenizer, used, seed).edit(requests, self._memory)

@@ -27,7 +27,6 @@ from .trained_base import Base, read_once
 from .trained_neurons import rows
 
 SEEDS = (0, 1, 2)
-SETTINGS: Mapping[str, Any] = {"steps": 200, "memory_per_step": 2000}
 MEMORY = 600  # bundled claims per language
 LOCALITY = 150  # claims of each kind and language
 RUNS: Sequence[tuple[str, str, Sequence[str] | None]] = (
@@ -72,7 +71,7 @@ def run(
     asked = bundled(edits, LOCALITY, split="validation") if protocol is None else protocol
     spared = texts.memory(asked.languages, MEMORY) if memory is None else memory
     folder = Path(work) if work else Path(out).with_suffix(".work") if out else None
-    settings = {**SETTINGS, **overrides}
+    settings = dict(overrides)
     result: dict[str, Any] = {
         "benchmark": "masked",
         "unit": "percent",

@@ -6,8 +6,9 @@ is a forward of the whole model on the edit's texts, with the new neuron and all
 reaches no further down than the neuron. The memory's FFN inputs are read once, as in the reference, and each finished edit's rows join
 them. No edit is looked at again.
 
-Otherwise than in the reference, and the quicker way each time: the model stays in eval mode and the batch holds each text once
-(the reference repeats one text 8 times under dropout).
+Otherwise than in the reference, and the quicker way each time: the model stays in eval mode, the batch holds each text once
+(the reference repeats one text 8 times under dropout), and with the setting `coordinates="whitened"` keys are trained as the default preset
+trains them, so that as few steps are enough. Random texts are left out.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class PlainEditor:
         self._rng = random.Random(seed)
         width = model.config.hidden_size
         self._keys, self._bias, self._values = torch.zeros(0, width), torch.zeros(0), torch.zeros(0, width)
+        self._mean, self._scale = torch.zeros(width), torch.eye(width)
         self._new: list[Tensor] = []
         self._x = self._z = torch.zeros(0)
 
@@ -67,6 +69,8 @@ class PlainEditor:
                 kept = [text for texts in memory.values() for text in texts if text not in edited]
                 self._rng.shuffle(kept)
                 rows = self._read(kept[: self._settings["memory_rows"]])
+                if self._settings["coordinates"] == "whitened":
+                    self._mean, self._scale = _whitened(rows)
                 memory_seconds, memory_cpu_seconds = time.perf_counter() - begun, time.process_time() - used
                 right = []
                 for request in requests:
@@ -92,19 +96,22 @@ class PlainEditor:
         with torch.no_grad():
             self._model(**inputs)
         x = self._x[:, 0].clone()
-        key = x[0] / x[0].square().sum()  # the request's own language: its pre-activation starts at 1
+        seen = self._seen(x[0])
+        key = seen / seen.square().sum()  # the request's own language: its pre-activation starts at 1
         value = torch.randn(len(key), generator=self._draw)
         self._new = [key, torch.zeros(()), value, torch.full_like(key, self._settings["amplify"])]
         self._train(inputs, labels, memory)
         key, bias, value, amplified = self._new
         self._new = []
-        self._keys = torch.cat((self._keys, key.unsqueeze(0)))
-        self._bias = torch.cat((self._bias, bias.unsqueeze(0)))
+        plain = self._scale @ key
+        self._keys = torch.cat((self._keys, plain.unsqueeze(0)))
+        self._bias = torch.cat((self._bias, (bias - plain @ self._mean).unsqueeze(0)))
         self._values = torch.cat((self._values, (value * amplified).unsqueeze(0)))
         return self._right(required, gold), torch.cat((memory, x))
 
     def _train(self, inputs: Mapping[str, Tensor], labels: Tensor, memory: Tensor) -> None:
         settings = self._settings
+        memory = self._seen(memory)
         parameters = [tensor.requires_grad_(True) for tensor in self._new]
         adam = torch.optim.Adam(parameters, lr=settings["learning_rate"], weight_decay=settings["weight_decay"])
         last = max(settings["steps"] - 1, 1)
@@ -140,6 +147,10 @@ class PlainEditor:
         every = largest[: -(-top // len(own))].repeat_interleave(len(own))[:top]  # each memory row stands R times
         return loss + settings["memory_weight"] * (relative + torch.exp(every + margin).mean())
 
+    def _seen(self, x: Tensor) -> Tensor:
+        """x `[..., D]` in the coordinates keys are trained in."""
+        return (x - self._mean) @ self._scale
+
     def _right(self, inputs: Mapping[str, Tensor], gold: int) -> bool:
         with torch.no_grad():
             return bool((self._model(**inputs).logits.argmax(-1) == gold).all())
@@ -168,7 +179,7 @@ class PlainEditor:
                 output = output + self._act(F.linear(self._x, self._keys, self._bias)) @ self._values
             if self._new:
                 key, bias, value, amplified = self._new
-                z = self._x @ key + bias
+                z = self._seen(self._x) @ key + bias
                 self._z = z[:, 0]
                 output = output + self._act(z).unsqueeze(-1) * (value * amplified)
             return output
@@ -185,6 +196,16 @@ class PlainEditor:
             self._model.train(training)
             for handle in handles:
                 handle.remove()
+
+
+def _whitened(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean `[D]` and symmetric scale `[D, D]` of coordinates in which `rows` `[M, D]` are whitened half way."""
+    exact = rows.double()
+    covariance = torch.cov(exact.T)
+    variances, directions = torch.linalg.eigh(
+        (covariance + covariance.diagonal().mean() * torch.eye(len(covariance))) / 2
+    )
+    return exact.mean(0).float(), ((directions * variances.rsqrt()) @ directions.T).float()
 
 
 def _texts(request: EditRequest, rephrases: bool) -> list[str]:

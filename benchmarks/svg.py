@@ -9,8 +9,8 @@ from html import escape
 
 _LIGHT = {"back": "#fff", "ink": "#1b1f24", "soft": "#59636e", "grid": "#d9dee3", "band": "#f4f6f8"}
 _DARK = {"back": "#12161b", "ink": "#e8ecf0", "soft": "#a3adb8", "grid": "#343c45", "band": "#1a2027"}
-_LIGHT_SERIES = ("#7a828c", "#b35900", "#0969b3", "#00795e", "#b3206b")
-_DARK_SERIES = ("#9aa4af", "#ff9a3d", "#58b0ff", "#3ed0a4", "#ff7fc0")
+_LIGHT_SERIES = ("#7a828c", "#b35900", "#0969b3", "#00795e", "#b3206b", "#6a3fb5")
+_DARK_SERIES = ("#9aa4af", "#ff9a3d", "#58b0ff", "#3ed0a4", "#ff7fc0", "#b79bff")
 
 
 def _colours(plain: dict[str, str], series: Sequence[str]) -> str:
@@ -34,6 +34,7 @@ _SHAPES = (
     "M0-5.6L5.6 0L0 5.6L-5.6 0Z",
     "M0-5.4L5.2 4H-5.2Z",
     "M-5.2 0L-2.6-4.6H2.6L5.2 0L2.6 4.6H-2.6Z",
+    "M0 5.4L5.2-4H-5.2Z",
 )
 
 
@@ -173,7 +174,7 @@ def curves(title: str, panels: Sequence[Panel], x_label: str, y_label: str, note
                 told = escape(f"{line.name}, {count:,.0f}: {value:.3g} {y_label} ({low:.3g} to {high:.3g})")
                 parts.append(
                     f'<g><title>{told}</title><line class="c{line.colour}" stroke-width="2" x1="{x:.1f}" x2="{x:.1f}" y1="{y(low):.1f}" '
-                    f'y2="{y(high):.1f}"/><path class="c{line.colour}" transform="translate({x:.1f} {y(value):.1f})" d="{_SHAPES[line.colour % 5]}"/></g>'
+                    f'y2="{y(high):.1f}"/><path class="c{line.colour}" transform="translate({x:.1f} {y(value):.1f})" d="{_SHAPES[line.colour % len(_SHAPES)]}"/></g>'
                 )
     parts.append(
         _legend(list({line.name: line.colour for panel in panels for line in panel.lines}.items()), left, False)
@@ -226,7 +227,7 @@ def _point(x, y, value, interval, reference, one: Series, where: str) -> str:  #
             f'<line class="c{one.colour}" stroke-width="3" x1="{x - 9:.1f}" x2="{x + 9:.1f}" y1="{y(reference):.1f}" y2="{y(reference):.1f}" opacity=".55"/>'
         )
     made.append(
-        f'<path class="c{one.colour}" transform="translate({x:.1f} {y(value):.1f})" d="{_SHAPES[one.colour % 5]}"/>'
+        f'<path class="c{one.colour}" transform="translate({x:.1f} {y(value):.1f})" d="{_SHAPES[one.colour % len(_SHAPES)]}"/>'
     )
     if one.labelled:
         made.append(f'<text class="b" x="{x:.1f}" y="{y(value) - 10:.1f}" text-anchor="middle">{value:.1f}</text>')
@@ -237,7 +238,7 @@ def _legend(names: Sequence[tuple[str, int]], left: float, reference: bool) -> s
     made, x = [], left + 6.0
     for name, colour in names:
         made.append(
-            f'<path class="c{colour}" transform="translate({x:.1f} 46)" d="{_SHAPES[colour % 5]}"/><text x="{x + 11:.1f}" y="50">{escape(name)}</text>'
+            f'<path class="c{colour}" transform="translate({x:.1f} 46)" d="{_SHAPES[colour % len(_SHAPES)]}"/><text x="{x + 11:.1f}" y="50">{escape(name)}</text>'
         )
         x += 30 + 7.2 * len(name)
     if reference:

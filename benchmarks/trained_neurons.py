@@ -26,9 +26,6 @@ from .trained_base import Base, Report, write
 FOLDER = Path(__file__).parent / "results" / "trained.work"
 BLOCK = 512  # claims of one edit call
 MEMORY = 1000  # claims per language that edits must leave alone
-# What is done otherwise than in the presets, so that 5 000 neurons take minutes on one core: `default` trains on a third of its memory
-# rows in a step. How many edits are right all the same is in `info`.
-RECIPE: Mapping[str, Mapping[str, Any]] = {"default": {"steps": 200, "memory_per_step": 2000}, "paper": {}}
 TENSORS = ("keys", "bias", "values")
 
 
@@ -52,7 +49,7 @@ def gather(
     seed: which claims, and how they are trained. folder: where blocks are kept, if anywhere. block: claims of one edit call; memory: claims
     per language. overrides: settings instead of the preset's. Raises `XpatchError` where a block gives no neuron.
     """
-    settings = {**RECIPE[preset], **overrides}
+    settings = dict(overrides)
     spared = texts.memory(base.languages, memory)
     kept = None
     if folder is not None:

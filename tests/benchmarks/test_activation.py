@@ -45,7 +45,7 @@ def test_points_and_charts(base, protocol, tmp_path):
     for point in result["points"]:
         value, low, high = point["unchanged"]
         assert low <= value <= high <= 100 and point["patches"] <= 2 * point["edits"]  # two for a hard one
-        quiet = point["gate"] in ("relu", "gelu-cut")
+        quiet = point["gate"] in ("relu", "relu-whitened", "gelu-cut")
         assert (point["leak"]["mean"] == 0) == quiet and (not quiet or point["changed_by_leak_alone"] == 0)
         assert point["leak"]["mean"] <= point["leak"]["apart"]  # norms without cancellation bound the norm of the sum
     assert [(cell["sampler"], cell["gate"]) for cell in result["factors"]] == [

@@ -84,10 +84,11 @@ def test_plain_needs_a_fixed_number_of_steps(base):
         run(base, procedures=("plain",), early_stop=True)
 
 
-def test_plain_trains_what_the_patched_model_answers(base):
+@pytest.mark.parametrize("coordinates", ["plain", "whitened"])
+def test_plain_trains_what_the_patched_model_answers(base, coordinates):
     claims = editing_claims.needed(base.model, base.tokenizer, 3, 0, LANGUAGES)
     requests = editing_claims.requests(claims, LANGUAGES)
-    used = {**editing._hyperparameters(base, {**editing.PLAIN, "steps": 30, **QUICK}), "memory_per_step": 16}
+    used = {**editing._hyperparameters(base, {"steps": 30, **QUICK, "coordinates": coordinates}), "memory_per_step": 16}
     memory = texts.memory(LANGUAGES, 10)
     flags = [(p.requires_grad, p.grad) for p in base.model.parameters()]
     made = PlainEditor(base.model, base.tokenizer, used, 0).edit(requests, memory)
@@ -104,7 +105,15 @@ def test_plain_and_cached_train_the_same_first_edit(base):
     """One step on the same rows, from the same start: the forward of the model and the cached rows give the same gradient."""
     claim = editing_claims.needed(base.model, base.tokenizer, 1, 0, LANGUAGES)
     requests = editing_claims.requests(claim, LANGUAGES)
-    settings = {**editing.PLAIN, "steps": 1, "rounds": 0, "rescue": False, "keep_failed": True, "memory_per_step": 0}
+    settings = {
+        "coordinates": "plain",
+        "memory_noise": 0,
+        "steps": 1,
+        "rounds": 0,
+        "rescue": False,
+        "keep_failed": True,
+        "memory_per_step": 0,
+    }
     memory = texts.memory(LANGUAGES, 10)
     ours = xpatch.edit(base.model, base.tokenizer, requests, memory=memory, progress=False, **settings)
     used = ours.edits[0].hyperparameters

