@@ -5,11 +5,14 @@
     session = PatchedSession("onnx/", {"fixes": "fixes.onnx_adapter"})
     session.run(tokenizer(["..."], return_tensors="np"), patches=["fixes"])["logits"]
 
-Needs `pip install "xpatch[onnx]"`; importing this package does not.
+    export_widened(model, patches, "wide/")  # a plain checkpoint; export_merged and export_peft hold deltas
+
+ONNX needs `pip install "xpatch[onnx]"`; importing this package does not.
 """
 
 from xpatch.exporters.adapter import export_adapter, read_adapter
 from xpatch.exporters.base import export_base
+from xpatch.exporters.checkpoints import export_merged, export_peft, export_widened
 from xpatch.exporters.session import PatchedSession
 from xpatch.exporters.slots import OnnxBase, read_base
 from xpatch.exporters.verify import Parity, verify
@@ -20,6 +23,9 @@ __all__ = [
     "PatchedSession",
     "export_adapter",
     "export_base",
+    "export_merged",
+    "export_peft",
+    "export_widened",
     "read_adapter",
     "read_base",
     "verify",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,10 @@ import torch
 from torch import nn
 
 from xpatch._version import __version__
-from xpatch.errors import BackendError, ConflictError, MismatchError, XpatchError
+from xpatch.errors import BackendError, MismatchError
 from xpatch.exporters._backend import require
+from xpatch.exporters._bare import check_bare
+from xpatch.exporters._written import written_together
 from xpatch.exporters.graph import insert_slots
 from xpatch.exporters.slots import CONFIG_FILE, METADATA_KEY, MODEL_FILE, OnnxBase, Slot, prefixes
 from xpatch.exporters.trace import evaluating, input_names, max_tokens, sample, trace
@@ -53,7 +52,7 @@ def export_base(
     onnx = require("onnx")
     require("onnxruntime")
     model = getattr(model, "_orig_mod", model)
-    _check_bare(model)
+    check_bare(model)
     activation = canonical_activation(activation)
     slots = _slots(model, activation, sites, linears, masked=languages is None or len(languages) > 0)
     config: Any = getattr(model, "config", None)
@@ -72,7 +71,7 @@ def export_base(
         pad_token=int(getattr(config, "pad_token_id", None) or 0),
         opset=opset,
     )
-    with _written_together(Path(folder)) as temporary:
+    with written_together(Path(folder), CONFIG_FILE) as temporary:
         proto, x_of, marks = trace(model, slots, temporary, opset)
         insert_slots(proto, slots, x_of, marks)
         onnx.helper.set_model_props(proto, {METADATA_KEY: base.digest})
@@ -126,18 +125,6 @@ def _slots(
     return tuple(slots)
 
 
-def _check_bare(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if type(hook).__module__.startswith("xpatch.") or getattr(hook, "__module__", "").startswith(
-                "xpatch.runtime"
-            ):
-                raise ConflictError(
-                    f"{type(model).__name__} has patches applied (at {name or 'the model itself'!r}), which would be frozen into the graph; "
-                    "call xpatch.remove(model) first and export the patches with `xpatch export adapter`"
-                )
-
-
 def _check_parity(model: nn.Module, path: Path, base: OnnxBase) -> None:
     """With nothing fed, the graph is the model, also for shapes other than the traced one."""
     ort = require("onnxruntime")
@@ -156,34 +143,3 @@ def _check_parity(model: nn.Module, path: Path, base: OnnxBase) -> None:
                 f"the exported graph does not compute what {type(model).__name__} does: for {batch} texts of {tokens} tokens the logits differ "
                 f"by {difference:.3g}; try another version of torch, transformers or onnxscript"
             )
-
-
-@contextlib.contextmanager
-def _written_together(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place at the end, or is removed on any failure."""
-    if folder.exists() and not folder.is_dir():
-        raise XpatchError(f"{folder} is a file; name a folder for the exported base")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
-        raise XpatchError(
-            f"{folder} holds files that are not an exported base (no {CONFIG_FILE}); name a new or empty folder"
-        )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise XpatchError(f"{folder} cannot be written: {error}; name a folder you may write to") from None
-    old = temporary.with_name(f"{temporary.name}.old")
-    try:
-        new = temporary / "new"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            folder.replace(old)
-        new.replace(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.replace(folder)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -122,7 +122,7 @@ def test_what_is_refused(bert_base, tmp_path):
     model = bert()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
-    with pytest.raises(xpatch.XpatchError, match="holds files that are not an exported base"):
+    with pytest.raises(xpatch.XpatchError, match="holds files of something else"):
         export_base(model, tmp_path / "full")
     with pytest.raises(xpatch.XpatchError, match="is a file; name a folder"):
         export_base(model, tmp_path / "full" / "thesis.tex")

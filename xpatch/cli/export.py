@@ -1,4 +1,4 @@
-"""`xpatch export base | adapter`: a model with places for patches in ONNX, and a patch folder as an ONNX Runtime adapter."""
+"""`xpatch export base | adapter | widened | merged | peft`: patches in the formats that servers read."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from xpatch.cli.console import print_json, stdout
 from xpatch.cli.inputs import check_out_file, check_writable, load_classifier, quiet_transformers
 from xpatch.errors import XpatchError
 
-commands = typer.Typer(help="Write ONNX files.", no_args_is_help=True, rich_markup_mode="rich")
+commands = typer.Typer(
+    help="Write ONNX files, plain checkpoints and PEFT adapters.", no_args_is_help=True, rich_markup_mode="rich"
+)
 
 
 @commands.callback()
 def export() -> None:
-    """Write ONNX files: a base model with optional patch inputs, or a patch folder as an adapter for it."""
+    """Write a model and its patches for other servers: ONNX with patches as optional inputs, plain checkpoints, PEFT adapters."""
 
 
 @commands.command()
@@ -65,8 +67,79 @@ def adapter(
     _show(made, made, as_json)
 
 
+@commands.command()
+def widened(
+    model: Annotated[str, typer.Argument(help="Folder of the Hugging Face model, or 'verifier'.")],
+    patches: Annotated[str, typer.Argument(help="Patch folder (or hf:// or another fsspec URL).")],
+    out: Annotated[Path, typer.Option(help="Folder to write: config.json, weights, tokenizer.")],
+    multiple: Annotated[int, typer.Option(min=1, help="Fill the FFN width up to a multiple of this.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write a plain checkpoint whose FFNs hold the patch neurons: Transformers, vLLM and SGLang load it without xpatch.
+
+    For neurons of the FFN's own activation, in FFNs without gates; the command says so where that is not given.
+
+    Example: xpatch export widened my-model fixes --out my-model-fixed
+    """
+    from xpatch import exporters
+
+    loaded, tokenizer, patch_set = _inputs(model, patches, out)
+    with quiet_transformers():
+        folder = exporters.export_widened(loaded, patch_set, out, tokenizer=tokenizer, multiple=multiple)
+    _show(folder, folder, as_json)
+
+
+@commands.command()
+def merged(
+    model: Annotated[str, typer.Argument(help="Folder of the Hugging Face model, or 'verifier'.")],
+    patches: Annotated[str, typer.Argument(help="Patch folder (or hf:// or another fsspec URL).")],
+    out: Annotated[Path, typer.Option(help="Folder to write: config.json, weights, tokenizer.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write a plain checkpoint with the deltas of a patch folder added to its weights.
+
+    Example: xpatch export merged my-model fixes --out my-model-fixed
+    """
+    from xpatch import exporters
+
+    loaded, tokenizer, patch_set = _inputs(model, patches, out)
+    with quiet_transformers():
+        folder = exporters.export_merged(loaded, patch_set, out, tokenizer=tokenizer)
+    _show(folder, folder, as_json)
+
+
+@commands.command()
+def peft(
+    patches: Annotated[str, typer.Argument(help="Patch folder (or hf:// or another fsspec URL).")],
+    out: Annotated[Path, typer.Option(help="Folder to write: adapter_config.json, adapter_model.safetensors.")],
+    base_model: Annotated[str | None, typer.Option(help="What the adapter names as its base model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write the low-rank deltas of a patch folder as a LoRA adapter for PEFT, vLLM and SGLang.
+
+    Example: xpatch export peft fixes --out fixes-lora --base-model my-model
+    """
+    import xpatch
+    from xpatch import exporters
+
+    check_writable(out)
+    folder = exporters.export_peft(xpatch.load(patches), out, base_model=base_model)
+    _show(folder, folder, as_json)
+
+
+def _inputs(model: str, patches: str, out: Path) -> tuple[Any, Any, Any]:
+    import xpatch
+    from xpatch.cli.any_model import load
+
+    check_writable(out)
+    patch_set = xpatch.load(patches)
+    with quiet_transformers():
+        return *load(model), patch_set
+
+
 def _show(path: Path, file: Path, as_json: bool) -> None:
-    found: dict[str, Any] = {"out": str(path), "bytes": file.stat().st_size}
+    size = sum(item.stat().st_size for item in file.iterdir()) if file.is_dir() else file.stat().st_size
+    found: dict[str, Any] = {"out": str(path), "bytes": size}
     if as_json:
         print_json(found)
     else:
