@@ -10,7 +10,14 @@ import typer
 
 from xpatch.cli.any_model import load_editable
 from xpatch.cli.console import print_json, printable, say, stdout, table
-from xpatch.cli.inputs import check_method, check_out_file, check_out_folder, load_classifier, split_languages
+from xpatch.cli.inputs import (
+    check_method,
+    check_out_file,
+    check_out_folder,
+    load_classifier,
+    settings_of,
+    split_languages,
+)
 from xpatch.errors import XpatchError
 
 SHOWN_FAILURES = 20
@@ -42,6 +49,10 @@ def edit(
     editor: Annotated[
         Path | None,
         typer.Option(help="Folder of a trained editor, for ke, mend, lime-ke and lime-mend: see xpatch train-editor."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE: a setting of the preset replaced; as often as needed."),
     ] = None,
     languages: Annotated[str | None, typer.Option(help="Only these languages of the requests: en,de,zh.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the training: 0; with --from, as recorded.")] = None,
@@ -98,7 +109,7 @@ def edit(
     check_out_folder(out, overwrite=overwrite)
     if report is not None:
         check_out_file(report, "--report")
-    trained: dict[str, Any] = {} if editor is None else {"editor": editor}
+    trained: dict[str, Any] = {**settings_of(settings or ()), **({} if editor is None else {"editor": editor})}
     old = load_classifier(old_model) if old_model is not None else None
     classifier, tokenizer = load_editable(model) if earlier is None else load_classifier(model)
     if earlier is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,20 @@ def split_languages(text: str | None, requests: list[EditRequest]) -> list[str] 
         found = ", ".join(unknown) or "no language at all"
         raise MismatchError(f"--languages: {found} in no request; the requests have versions in {', '.join(known)}")
     return wanted
+
+
+def settings_of(words: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE words as settings: a value is JSON where it can be read as such (8, 0.1, true, null), else text."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.strip():
+            raise XpatchError(f"--set {word}: expected NAME=VALUE, such as --set learning_rate=0.001")
+        try:
+            found[name.strip()] = json.loads(value)
+        except ValueError:
+            found[name.strip()] = value
+    return found
 
 
 def check_out_folder(path: Path, *, overwrite: bool = False) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from xpatch.cli.console import print_json, say, stdout, table
-from xpatch.cli.inputs import check_writable, load_classifier
-from xpatch.errors import XpatchError
+from xpatch.cli.inputs import check_writable, load_classifier, settings_of
 
 SHARES = ("right", "flips_right", "kept")
 
@@ -57,7 +55,7 @@ def train_editor(
     data = read_requests(requests)
     held = read_requests(validation) if validation is not None else None
     check_writable(out)
-    chosen: dict[str, Any] = dict(_setting(text) for text in settings or ())
+    chosen: dict[str, Any] = settings_of(settings or ())
     for name, value in (
         ("edit_languages", _languages(edit_languages)),
         ("outer_languages", _languages(outer_languages)),
@@ -106,16 +104,6 @@ def _languages(text: str | None) -> Any:
     if text is None or text in ("own", "all"):
         return text
     return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, sign, value = text.partition("=")
-    if not sign or not name:
-        raise XpatchError(f"--set {text}: expected NAME=VALUE, such as --set learning_rate=0.001")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def register(app: typer.Typer) -> None:
