@@ -2,8 +2,8 @@
 
     export_base(model, "onnx/", tokenizer=tokenizer)
     export_adapter(patches, "onnx/", "fixes.onnx_adapter")
-    session = PatchedSession("onnx/", {"fixes": "fixes.onnx_adapter"})
-    session.run(tokenizer(["..."], return_tensors="np"), patches=["fixes"])["logits"]
+    session = Session("onnx/").apply("fixes.onnx_adapter", name="fixes")
+    session.run(tokenizer(["..."], return_tensors="np"), xpatch=Rows(patches="fixes"))["logits"]
 
     export_widened(model, patches, "wide/")  # a plain checkpoint; export_merged and export_peft hold deltas
 
@@ -13,14 +13,14 @@ ONNX needs `pip install "xpatch[onnx]"`; importing this package does not.
 from xpatch.exporters.adapter import export_adapter, read_adapter
 from xpatch.exporters.base import export_base
 from xpatch.exporters.checkpoints import export_merged, export_peft, export_widened
-from xpatch.exporters.session import PatchedSession
+from xpatch.exporters.session import Session
 from xpatch.exporters.slots import OnnxBase, read_base
 from xpatch.exporters.verify import Parity, verify
 
 __all__ = [
     "OnnxBase",
     "Parity",
-    "PatchedSession",
+    "Session",
     "export_adapter",
     "export_base",
     "export_merged",

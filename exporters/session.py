@@ -1,4 +1,4 @@
-"""`PatchedSession`: an exported base in ONNX Runtime, with patch sets that are chosen per call and per row.
+"""`Session`: an exported base in ONNX Runtime, with patch sets that come and go and are chosen by the row.
 
 ONNX Runtime is silent in three cases: of two active adapters with the same names the first wins, an adapter wins over an input
 of the same name, and adapters are ignored with IO binding. So patches are fed as plain inputs here, several sets side by side in
@@ -7,9 +7,12 @@ one tensor, and inputs that would collide are refused.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +23,41 @@ from xpatch.exporters._backend import require
 from xpatch.exporters.adapter import read_adapter
 from xpatch.exporters.feed import Array, Feed, check_fit, fill, selection
 from xpatch.exporters.slots import LANGUAGE, METADATA_KEY, MODEL_FILE, read_base
+from xpatch.patches.expiry import without_expired
 from xpatch.patches.store import load
 from xpatch.patches.types import PatchSet
+from xpatch.runtime.routing import Rows, is_switched_off, rows, rows_in_context, switched_off
+from xpatch.runtime.status import PartStatus, SetStatus, Status
 
 BASE = "__base__"
 _CACHED = 32
 
 Source = PatchSet | str | Path
-Names = str | Sequence[str] | None
 
 
-class PatchedSession:
-    """An ONNX Runtime session of an exported base.
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What a call sees from beginning to end: the sets by name, and their graph inputs, made once for each choice of sets."""
 
-    adapters: patch sets, `.onnx_adapter` files or patch folders, as a mapping from names or a list (each under its own name).
+    sets: Mapping[str, PatchSet] = field(default_factory=dict)
+    expired: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    feeds: dict[tuple[str, ...], tuple[Feed, dict[str, Any]]] = field(default_factory=dict)
+
+
+class Session:
+    """An ONNX Runtime session of an exported base, with the verbs a patched PyTorch model has.
+
+    patches: sets, `.onnx_adapter` files or patch folders to begin with, as a mapping from names or a list (each under its own name).
     providers: of ONNX Runtime, in order of preference; default CUDA where it is there, then CPU. threads: of one call.
-    allow: identity checks to leave out, as in `xpatch.apply`. May be used by several threads; `load` and `unload` act on later calls.
+    allow: identity checks to leave out, as in `xpatch.apply`. Several threads may run, apply and remove at once: a call that is running
+    finishes with the sets it began with, every later one sees the new state.
     Raises `FormatError` (a damaged base or adapter), `MismatchError` (a set for another base), `BackendError` (a missing provider).
     """
 
     def __init__(
         self,
         base_folder: str | Path,
-        adapters: Mapping[str, Source] | Sequence[Source] | Source = (),
+        patches: Mapping[str, Source] | Sequence[Source] | Source = (),
         *,
         providers: Sequence[str] | None = None,
         threads: int | None = None,
@@ -53,110 +68,122 @@ class PatchedSession:
         self._ort = require("onnxruntime")
         self.session = self._open(Path(base_folder) / MODEL_FILE, providers, threads)
         self._device = "cuda" if self.session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
-        self._sets: dict[str, PatchSet] = {}
-        self._feeds: dict[tuple[tuple[str, int], ...], tuple[Feed, dict[str, Any]]] = {}
+        self._state = _State()
         self._lock = threading.Lock()
         self._warned = False
-        if isinstance(adapters, (PatchSet, str, Path)):
-            adapters = [adapters]
-        for name, source in (
-            adapters.items() if isinstance(adapters, Mapping) else ((None, source) for source in adapters)
-        ):
-            if name is None and _name_of(source) in self._sets:
+        if isinstance(patches, (PatchSet, str, Path)):
+            patches = [patches]
+        for name, source in patches.items() if isinstance(patches, Mapping) else ((None, one) for one in patches):
+            if name is None and _name_of(source) in self._state.sets:
                 raise ConflictError(
-                    f"two adapters are called {_name_of(source)!r}; give them names: adapters={{name: adapter, ...}}"
+                    f"two sets are called {_name_of(source)!r}; give them names: patches={{name: set, ...}}"
                 )
-            self.load(source, name)
+            self.apply(source, name)
 
     @property
     def patches(self) -> dict[str, PatchSet]:
-        """The loaded sets by name, in the order they were loaded."""
-        return dict(self._sets)
+        """The applied sets by name, in the order they were applied."""
+        return dict(self._state.sets)
 
-    def load(self, adapter: Source, name: str | None = None) -> str:
-        """Load a set under `name` (default: its own), replacing one of that name; returns the name."""
-        name = name or _name_of(adapter)
+    def apply(self, patches: Source, name: str | None = None) -> Session:
+        """Switch a set, an `.onnx_adapter` file or a patch folder on; returns the session.
+
+        name: how `remove`, `Rows` and `status` call it (default: its own); a set applied under a name that exists replaces that one, sets
+        under different names add up. Expired edits are left out, and a warning names them. Raises `MismatchError` (for another base,
+        a part without a slot), `ConflictError` (a reserved name); the session is then as it was.
+        """
+        name = name or _name_of(patches)
         if name == BASE:
-            raise ConflictError(f"{BASE!r} means the unpatched model; give the adapter another name")
-        patches = _read(adapter)
-        check_fit(patches, self.base, self._allow)
-        fill([patches], self.base)
+            raise ConflictError(f"{BASE!r} means the unpatched model; give the set another name")
+        whole = _read(patches)
+        check_fit(whole, self.base, self._allow)
+        current, expired = without_expired(whole)
+        if expired:
+            warnings.warn(f"patch set {name!r}: expired edits are not applied: {', '.join(expired[:5])}", stacklevel=2)
+        alone = self._values_of([current])
         with self._lock:
-            self._sets = {**self._sets, name: patches}
-            self._feeds = {}
-        return name
+            sets = {**self._state.sets, name: current}
+            state = _State(sets, {**self._state.expired, name: expired}, {(name,): alone})
+            with contextlib.suppress(ConflictError):  # sets that cannot act together can be chosen by the row
+                state.feeds.setdefault(tuple(sets), self._values_of(list(sets.values())))
+            self._state = state
+        return self
 
-    def unload(self, name: str) -> None:
-        """Forget a set. Raises `MismatchError` when there is none of that name."""
-        _check_names([name], self._sets)
+    def remove(self, name: str | None = None) -> Session:
+        """Switch the set `name` off, or all sets; returns the session. Raises `MismatchError` where none is called so."""
         with self._lock:
-            self._sets = {key: value for key, value in self._sets.items() if key != name}
-            self._feeds = {}
+            sets = self._state.sets
+            if name is not None:
+                _check_names([name], sets)
+            kept = {other: value for other, value in sets.items() if name is not None and other != name}
+            self._state = _State(kept, {other: self._state.expired.get(other, ()) for other in kept})
+        return self
 
-    def run(
-        self,
-        inputs: Mapping[str, Any],
-        *,
-        patches: Names = None,
-        rows: Sequence[str | Sequence[str] | None] | None = None,
-        languages: Names = None,
-    ) -> dict[str, Array]:
+    def disabled(self) -> AbstractContextManager[None]:
+        """Within this context (this thread or task) the session answers as its base."""
+        return switched_off(self)
+
+    def rows(self, *args: Any, **choice: Any) -> AbstractContextManager[Rows]:
+        """`Rows` for every call in this context (this thread or task), as `xpatch.rows`; an explicit `xpatch=` wins."""
+        return rows(*args, **choice)
+
+    def status(self) -> Status:
+        """What is applied, as `xpatch.status` tells it; `kernel` is the provider that runs."""
+        state, kernel = self._state, self.session.get_providers()[0]
+        return Status(
+            sets=tuple(
+                SetStatus(name, found.fingerprint, len(found.edits), tuple(state.expired.get(name, ())))
+                for name, found in state.sets.items()
+            ),
+            parts=tuple(
+                PartStatus(name, part, value.site, value.form, value.count, value.nbytes, kernel, None)
+                for name, found in state.sets.items()
+                for part, value in found.parts.items()
+            ),
+        )
+
+    def run(self, inputs: Mapping[str, Any], *, xpatch: Rows | None = None) -> dict[str, Array]:
         """One call: inputs (`input_ids` `[B, T]` and what else a tokenizer gives) -> `{"logits": [B, C]}`.
 
-        patches: the sets all rows get, by name; None: all that are loaded; [] or "__base__": none. rows: instead, for each
-        row a name, a list of names, "__base__", or None (all). languages: one code for all rows, or one per row; chooses the row of
-        language masks where sets have them. Missing attention masks are all ones, missing token types all zeros.
-        Raises `MismatchError` for unknown names or shapes, `ConflictError` for inputs that belong to patches.
+        xpatch: which sets and which language each row gets; without it, what `rows` said, else all sets for every row. Missing
+        attention masks are all ones, missing token types all zeros. Raises `MismatchError` for unknown names or shapes,
+        `ConflictError` for inputs that belong to patches and for sets whose language masks differ.
         """
         feed = self._tokens(inputs)
-        batch = feed["input_ids"].shape[0]
-        feed |= self.patch_inputs(batch, patches=patches, rows=rows, languages=languages)
+        feed |= self.patch_inputs(feed["input_ids"].shape[0], xpatch=xpatch)
         return dict(zip(self.base.outputs, self.session.run(list(self.base.outputs), feed), strict=True))
 
-    def patch_inputs(
-        self,
-        batch: int,
-        *,
-        patches: Names = None,
-        rows: Sequence[str | Sequence[str] | None] | None = None,
-        languages: Names = None,
-    ) -> dict[str, Any]:
-        """The optional graph inputs of a call of `batch` rows, as OrtValues; arguments as in `run`."""
-        if rows is not None and patches is not None:
-            raise MismatchError("give either patches= (for all rows) or rows= (one entry per row), not both")
-        if rows is not None and (isinstance(rows, str) or len(rows) != batch):
-            raise MismatchError(f"rows= expects one entry per row: {batch} rows, found {rows!r}")
-        loaded = self._sets
-        wanted = [self._chosen(entry, loaded) for entry in ([patches] if rows is None else rows)]
-        names = [name for name in loaded if any(name in entry for entry in wanted)]
-        feed, values = self._prepared(names, loaded)
+    def patch_inputs(self, batch: int, *, xpatch: Rows | None = None) -> dict[str, Any]:
+        """The optional graph inputs of a call of `batch` rows, as OrtValues; `xpatch` as in `run`."""
+        state, chosen = self._state, xpatch or rows_in_context() or Rows()
+        wanted = [frozenset[str]()] if is_switched_off(self) else _wanted(chosen.patches, state.sets, batch)
+        names = [name for name in state.sets if any(name in entry for entry in wanted)]
+        feed, values = self._prepared(names, state)
         values = dict(values)
         keep = np.asarray([[name in entry for name in names] for entry in wanted], np.float32).reshape(
             len(wanted), len(names)
         )
         if not keep.all():
             values |= self._values(selection(feed, self.base, keep))
-        index = self._language_index(languages, feed, batch)
+        index = self._language_index(chosen.languages, feed, batch)
         if index is not None:
             values |= self._values({LANGUAGE: index})
         return values
 
-    def bind(self, binding: Any, batch: int, **choice: Any) -> None:
+    def bind(self, binding: Any, batch: int, *, xpatch: Rows | None = None) -> None:
         """Put the patches of a call into an `onnxruntime.IOBinding`, whose token inputs and outputs the caller binds.
 
-        choice: `patches`, `rows`, `languages` as in `run`. (Adapters of ONNX Runtime itself are ignored with IO binding.)
-        An input keeps its binding until another replaces it, so what this call does not use is bound to its default.
+        xpatch: as in `run`. (Adapters of ONNX Runtime itself are ignored with IO binding.) An input keeps its binding until another
+        replaces it, so what this call does not use is bound to its default.
         """
-        values = self.patch_inputs(batch, **choice)
+        values = self.patch_inputs(batch, xpatch=xpatch)
         for name, default in self._defaults().items():
             binding.bind_ortvalue_input(name, values.get(name, default))
 
     def _tokens(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         collisions = sorted(self.base.optional_inputs.intersection(inputs))
         if collisions:
-            raise ConflictError(
-                f"inputs {', '.join(collisions)} belong to patches; load a patch set and choose it with patches= instead"
-            )
+            raise ConflictError(f"inputs {', '.join(collisions)} belong to patches; apply a patch set instead")
         unknown = sorted(set(inputs).difference(self.base.inputs))
         if unknown:
             raise MismatchError(
@@ -179,41 +206,35 @@ class PatchedSession:
                 )
         return feed
 
-    def _chosen(self, entry: Names, loaded: Mapping[str, PatchSet]) -> frozenset[str]:
-        if entry is None:
-            return frozenset(loaded)
-        names = [entry] if isinstance(entry, str) else list(entry)
-        if BASE in names and len(names) > 1:
-            raise MismatchError(f"{BASE!r} means no patches and cannot be combined; found {names}")
-        names = [name for name in names if name != BASE]
-        _check_names(names, loaded)
-        return frozenset(names)
+    def _prepared(self, names: Sequence[str], state: _State) -> tuple[Feed, dict[str, Any]]:
+        key = tuple(names)
+        found = state.feeds.get(key)
+        if found is None:
+            found = self._values_of([state.sets[name] for name in names])
+            while len(state.feeds) >= _CACHED:  # the oldest goes; another thread may have been first
+                state.feeds.pop(next(iter(state.feeds)), None)
+            state.feeds[key] = found
+        return found
 
-    def _prepared(self, names: Sequence[str], loaded: Mapping[str, PatchSet]) -> tuple[Feed, dict[str, Any]]:
-        key = tuple((name, id(loaded[name])) for name in names)
-        feeds = self._feeds
-        if key not in feeds:
-            feed = fill([loaded[name] for name in names], self.base)
-            kept = dict(list(feeds.items())[-_CACHED + 1 :])
-            kept[key] = feed, self._values(feed.tensors)
-            with self._lock:
-                if self._sets is loaded:  # else a set of that identity may be gone, and its identity be given again
-                    self._feeds = kept
-            return kept[key]
-        return feeds[key]
+    def _values_of(self, sets: Sequence[PatchSet]) -> tuple[Feed, dict[str, Any]]:
+        feed = fill(sets, self.base)
+        return feed, self._values(feed.tensors)
 
-    def _language_index(self, languages: Names, feed: Feed, batch: int) -> Array | None:
+    def _language_index(self, languages: Any, feed: Feed, batch: int) -> Array | None:
         if languages is None:
             if feed.languages and not self._warned:
                 self._warned = True
                 warnings.warn(
-                    "the patches have language masks but this call names no languages: they are left out. Pass languages=",
+                    "the patches have language masks but this call names no languages: they are left out. "
+                    "Pass xpatch=Rows(languages=...)",
                     stacklevel=4,
                 )
             return None
         codes = [languages] if isinstance(languages, str) else list(languages)
         if not isinstance(languages, str) and len(codes) != batch:
-            raise MismatchError(f"languages= expects one code, or one per row: {batch} rows, found {len(codes)} codes")
+            raise MismatchError(
+                f"Rows(languages=...) expects one code, or one per row: {batch} rows, found {len(codes)} codes"
+            )
         if not feed.languages:
             return None
         return np.asarray([feed.languages.index(code) + 1 if code in feed.languages else 0 for code in codes], np.int64)
@@ -256,10 +277,32 @@ class PatchedSession:
         return session
 
 
+def _wanted(patches: Any, sets: Mapping[str, PatchSet], batch: int) -> list[frozenset[str]]:
+    """The sets that each row gets; one entry where all rows get the same."""
+    if patches is None or isinstance(patches, str):
+        return [_names(patches, sets)]
+    if len(patches) != batch:
+        raise MismatchError(f"Rows(patches=...) expects one entry per row: {batch} rows, found {len(patches)} entries")
+    return [_names(entry, sets) for entry in patches]
+
+
+def _names(entry: str | Sequence[str] | None, sets: Mapping[str, PatchSet]) -> frozenset[str]:
+    if entry is None:
+        return frozenset(sets)
+    names = [entry] if isinstance(entry, str) else list(entry)
+    if BASE in names and len(names) > 1:
+        raise MismatchError(f"{BASE!r} means no patches and cannot be combined; found {names}")
+    names = [name for name in names if name != BASE]
+    _check_names(names, sets)
+    return frozenset(names)
+
+
 def _check_names(names: Sequence[str], loaded: Mapping[str, PatchSet]) -> None:
     for name in names:
         if name not in loaded:
-            raise MismatchError(f"no patch set is called {name!r}; loaded are {', '.join(map(repr, loaded)) or 'none'}")
+            raise MismatchError(
+                f"no patch set is called {name!r}; applied are {', '.join(map(repr, loaded)) or 'none'}"
+            )
 
 
 def _name_of(source: Source) -> str:

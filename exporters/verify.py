@@ -15,7 +15,7 @@ from torch import nn
 from xpatch.errors import FormatError, MismatchError
 from xpatch.exporters.adapter import read_adapter
 from xpatch.exporters.feed import Array
-from xpatch.exporters.session import PatchedSession
+from xpatch.exporters.session import Session
 from xpatch.exporters.trace import evaluating
 from xpatch.models.anatomy import ffn_site
 from xpatch.models.surgery import Surgery
@@ -23,6 +23,7 @@ from xpatch.ops import reference
 from xpatch.patches import identity
 from xpatch.patches.store import load
 from xpatch.patches.types import LanguageMask, LowRankDelta, Part, PatchNeurons, PatchSet
+from xpatch.runtime.routing import Rows
 
 TOLERANCE = 1e-4
 Text = str | tuple[str, str]
@@ -103,7 +104,7 @@ def verify(
         source = Path(patches)
         patches = load(source) if source.is_dir() else read_adapter(source)
     allow = (allow,) if isinstance(allow, str) else tuple(allow)
-    session = PatchedSession(base_folder, {"patches": patches}, providers=providers, allow=allow)
+    session = Session(base_folder, {"patches": patches}, providers=providers, allow=allow)
     difference = identity.first_difference(session.base.identity, identity.identify(model, tokenizer), allow=allow)
     if difference is not None:
         raise MismatchError(f"the base in {base_folder} was not exported from this model: {difference}")
@@ -119,8 +120,8 @@ def verify(
             logits["torch"].append(_logits(model, inputs))
             with _patched(model, patches, language):
                 logits["torch patched"].append(_logits(model, inputs))
-            logits["ort"].append(session.run(arrays, patches=[])["logits"])
-            logits["ort patched"].append(session.run(arrays, languages=language)["logits"])
+            logits["ort"].append(session.run(arrays, xpatch=Rows(patches="__base__"))["logits"])
+            logits["ort patched"].append(session.run(arrays, xpatch=Rows(languages=language))["logits"])
         found.append(_compare(language, {name: np.concatenate(parts) for name, parts in logits.items()}))
     return Parity(tuple(found), tolerance)
 

@@ -11,7 +11,7 @@ import torch
 
 import xpatch
 from tests.exporters.conftest import batch, bert, close, lowrank, masks, neurons, torch_logits
-from xpatch.exporters import PatchedSession, export_adapter, read_adapter
+from xpatch.exporters import Session, export_adapter, read_adapter
 from xpatch.patches.identity import identify
 from xpatch.patches.types import EditRecord
 
@@ -52,7 +52,9 @@ def test_round_trip(patches, adapter, bert_base):
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in patches.tensors.items())
     assert [path.name for path in adapter.parent.iterdir()] == ["fixes.onnx_adapter"]
     inputs, rows = batch(), xpatch.Rows(languages="zh")
-    found = PatchedSession(bert_base.folder, [adapter]).run(inputs, patches="fixes", languages="zh")["logits"]
+    found = Session(bert_base.folder, [adapter]).run(inputs, xpatch=xpatch.Rows(patches="fixes", languages="zh"))[
+        "logits"
+    ]
     assert close(found, torch_logits(bert_base.model, inputs, patches, rows=rows))
 
 
@@ -60,7 +62,7 @@ def test_from_a_patch_folder(patches, bert_base, tmp_path):
     xpatch.save(patches, tmp_path / "fixes")
     path = export_adapter(tmp_path / "fixes", bert_base.folder, tmp_path / "fixes.onnx_adapter")
     assert read_adapter(path).fingerprint == patches.fingerprint
-    assert set(PatchedSession(bert_base.folder, tmp_path / "fixes").patches) == {"fixes"}
+    assert set(Session(bert_base.folder, tmp_path / "fixes").patches) == {"fixes"}
 
 
 def test_an_empty_set(bert_base, tmp_path):
@@ -68,7 +70,7 @@ def test_an_empty_set(bert_base, tmp_path):
     path = export_adapter(empty, bert_base.folder, tmp_path / "empty.onnx_adapter")
     assert read_adapter(path).fingerprint == empty.fingerprint
     inputs = batch()
-    found = PatchedSession(bert_base.folder, path).run(inputs)["logits"]
+    found = Session(bert_base.folder, path).run(inputs)["logits"]
     assert close(found, torch_logits(bert_base.model, inputs))
 
 
@@ -126,8 +128,8 @@ def test_another_base_is_refused(patches, bert_base, tmp_path):
     relaxed = ("layer", "head", "all_weights")
     path = export_adapter(foreign, bert_base.folder, tmp_path / "yes.onnx_adapter", allow=relaxed)
     with pytest.raises(xpatch.MismatchError, match="do not fit this exported base"):
-        PatchedSession(bert_base.folder, path)
-    PatchedSession(bert_base.folder, path, allow=relaxed)
+        Session(bert_base.folder, path)
+    Session(bert_base.folder, path, allow=relaxed)
 
 
 def test_forms_without_a_slot(bert_base, tmp_path):

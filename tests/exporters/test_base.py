@@ -11,7 +11,7 @@ import torch
 
 import xpatch
 from tests.exporters.conftest import SIZES, batch, bert, close, neurons, torch_logits, transformers
-from xpatch.exporters import PatchedSession, export_base, read_base
+from xpatch.exporters import Session, export_base, read_base
 from xpatch.exporters.slots import prefixes
 
 
@@ -55,7 +55,7 @@ def test_the_model_stays_as_it_was_and_the_folder_is_replaced(tmp_path):
     assert not any("mask" in name or "language" in name for name in base.optional_inputs)
     model.eval()
     inputs, patches = batch(), xpatch.PatchSet(parts={"n": neurons("bert.encoder.layer.1", 3)})
-    found = PatchedSession(tmp_path / "onnx", patches).run(inputs, languages="en")["logits"]
+    found = Session(tmp_path / "onnx", patches).run(inputs, xpatch=xpatch.Rows(languages="en"))["logits"]
     assert close(found, torch_logits(model, inputs, patches))
 
 
@@ -66,7 +66,7 @@ def test_other_activations(activation, tmp_path):
     export_base(model, tmp_path / "onnx", activation=activation)
     inputs = batch()
     patches = xpatch.PatchSet(parts={"n": neurons("bert.encoder.layer.1", 5, activation)})
-    found = PatchedSession(tmp_path / "onnx", patches).run(inputs)["logits"]
+    found = Session(tmp_path / "onnx", patches).run(inputs)["logits"]
     assert close(found, torch_logits(model, inputs, patches))
 
 
@@ -82,9 +82,11 @@ def test_gpt2_and_a_masked_lm(tmp_path):
     for site, model in models.items():
         export_base(model, tmp_path / site)
         inputs, patches = batch(), xpatch.PatchSet(parts={"n": neurons(site, 5)})
-        session = PatchedSession(tmp_path / site, patches)
+        session = Session(tmp_path / site, patches)
         assert close(session.run(inputs)["logits"], torch_logits(model, inputs, patches)), site
-        assert close(session.run(inputs, patches=[])["logits"], torch_logits(model, inputs)), site
+        assert close(
+            session.run(inputs, xpatch=xpatch.Rows(patches="__base__"))["logits"], torch_logits(model, inputs)
+        ), site
 
 
 def test_a_failed_export_leaves_the_earlier_one(bert_base, tmp_path, monkeypatch):
@@ -114,7 +116,7 @@ def test_weights_beside_the_graph(bert_base, tmp_path, monkeypatch):
         "xpatch_onnx.json",
     }
     inputs, patches = batch(), xpatch.PatchSet(parts={"n": neurons(bert_base.site, 3)})
-    found = PatchedSession(tmp_path / "onnx", patches).run(inputs)["logits"]
+    found = Session(tmp_path / "onnx", patches).run(inputs)["logits"]
     assert close(found, torch_logits(bert_base.model, inputs, patches))
 
 
@@ -156,7 +158,7 @@ def test_a_damaged_base(bert_base, tmp_path):
         (tmp_path / "xpatch_onnx.json").write_text(config)
         (tmp_path / "model.onnx").write_bytes(model)
         with pytest.raises(xpatch.FormatError, match=message):
-            PatchedSession(tmp_path)
+            Session(tmp_path)
 
     refused("cannot be read", config=text[:100])
     refused("expected format version 1, found 2", config=json.dumps({**json.loads(text), "version": 2}))

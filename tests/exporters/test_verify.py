@@ -9,7 +9,7 @@ import torch
 import xpatch
 from tests.exporters.conftest import bert, lowrank, masks, neurons, transformers
 from xpatch import zoo
-from xpatch.exporters import PatchedSession, export_adapter, export_base, verify
+from xpatch.exporters import Session, export_adapter, export_base, verify
 from xpatch.models import capture, final_ffn
 from xpatch.patches.identity import identify
 
@@ -42,8 +42,8 @@ def test_a_tiny_model(bert_base, tokenizer, tmp_path):
 
 
 def test_a_difference_is_reported(bert_base, tokenizer, monkeypatch):
-    run = PatchedSession.run
-    monkeypatch.setattr(PatchedSession, "run", lambda *a, **k: {"logits": -run(*a, **k)["logits"]})
+    run = Session.run
+    monkeypatch.setattr(Session, "run", lambda *a, **k: {"logits": -run(*a, **k)["logits"]})
     patches = xpatch.PatchSet(parts={"n": neurons(bert_base.site, 5)})
     report = verify(bert_base.model, tokenizer, bert_base.folder, patches, TEXTS)
     assert not report.ok and report.changed > 0 and report.to_dict()["languages"]["en"]["base_changed"] > 0
@@ -88,12 +88,12 @@ def test_the_bundled_verifier_in_six_languages(tmp_path):
     assert all(one.texts == 40 for one in report.languages) and len(report.languages) == 6
     assert sum(one.moved for one in report.languages) > 0
 
-    session = PatchedSession(base, path)
+    session = Session(base, path)
     encoded = tokenizer(texts["zh"], padding=True, return_tensors="pt")
     expected = {}
     with torch.no_grad():
         expected["off"] = model(**encoded).logits.numpy()
         xpatch.apply(model, patches, tokenizer=tokenizer)
         expected["on"] = model(**encoded).logits.numpy()
-    for choice, name in ((None, "on"), ([], "off")):
-        assert np.abs(session.run(encoded, patches=choice)["logits"] - expected[name]).max() < 1e-4
+    for choice, name in ((None, "on"), ("__base__", "off")):
+        assert np.abs(session.run(encoded, xpatch=xpatch.Rows(patches=choice))["logits"] - expected[name]).max() < 1e-4

@@ -71,12 +71,13 @@ def _forward(model: Any, batch: Mapping[str, torch.Tensor]) -> None:
 
 
 def _onnx_calls(files: tuple[Path, Path], batch: Mapping[str, torch.Tensor]) -> dict[str, Callable[[], Any]]:
-    from xpatch.exporters import PatchedSession
+    from xpatch.exporters import Session
 
     base, adapter = files
-    session = PatchedSession(base, {"demo": adapter}, threads=torch.get_num_threads())
+    session = Session(base, {"demo": adapter}, threads=torch.get_num_threads())
     arrays = {name: batch[name].numpy() for name in session.base.inputs}
+    bare = xpatch.Rows(patches="__base__")
     return {
-        "ONNX Runtime, unpatched": lambda: session.run(arrays, patches=[]),
-        "ONNX Runtime, patched": lambda: session.run(arrays, patches=["demo"]),
+        "ONNX Runtime, unpatched": lambda: session.run(arrays, xpatch=bare),
+        "ONNX Runtime, patched": lambda: session.run(arrays),
     }

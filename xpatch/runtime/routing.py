@@ -118,7 +118,7 @@ def rows(
 
 
 @contextmanager
-def switched_off(model: torch.nn.Module) -> Iterator[None]:
+def switched_off(model: object) -> Iterator[None]:
     """Within this context (this thread or task) `model` computes what its base computes, bit for bit."""
     token = _DISABLED.set(_DISABLED.get() | {id(model)})
     try:
@@ -127,7 +127,7 @@ def switched_off(model: torch.nn.Module) -> Iterator[None]:
         _DISABLED.reset(token)
 
 
-def is_switched_off(model: torch.nn.Module) -> bool:
+def is_switched_off(model: object) -> bool:
     return id(model) in _DISABLED.get()
 
 
