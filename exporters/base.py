@@ -19,6 +19,7 @@ from xpatch.exporters.graph import insert_slots
 from xpatch.exporters.slots import CONFIG_FILE, METADATA_KEY, MODEL_FILE, OnnxBase, Slot, prefixes
 from xpatch.exporters.trace import evaluating, input_names, max_tokens, sample, trace
 from xpatch.models.anatomy import ffn_site, final_ffn, linear
+from xpatch.models.readers import Reader, reader_of
 from xpatch.ops.reference import canonical_activation
 from xpatch.patches.identity import identify
 
@@ -35,6 +36,7 @@ def export_base(
     sites: Sequence[str] | None = None,
     linears: Sequence[str] | None = None,
     languages: Sequence[str] | None = None,
+    head_only: bool = True,
     opset: int = 18,
 ) -> Path:
     """Write `model.onnx`, `xpatch_onnx.json` and the tokenizer's files to `folder`, and return it.
@@ -43,7 +45,8 @@ def export_base(
     tested. It is left as it was. sites: FFNs that get a neuron slot (default: the final one). linears: linear layers that get a
     low-rank slot (default: the down projection of those FFNs). activation: of the neurons; fixed in the graph, so a set with
     another needs another base. languages: fixes the order of the language masks' rows; None lets each adapter bring its own;
-    an empty sequence leaves the mask inputs out, which is a little faster.
+    an empty sequence leaves the mask inputs out, which is a little faster. head_only: the last layer computes only the row that a
+    classifier's head reads, patches included, where that row is known (`xpatch.optimize` does the same in PyTorch); False computes all.
 
     Everything is written to a temporary folder, compared with the model on three shapes, and moved into place; an earlier
     export in `folder` is replaced as a whole. Raises `MismatchError` (a model or site that does not fit), `ConflictError` (patches
@@ -54,6 +57,7 @@ def export_base(
     model = getattr(model, "_orig_mod", model)
     check_bare(model)
     activation = canonical_activation(activation)
+    reader = _reader(model) if head_only else None
     slots = _slots(model, activation, sites, linears, masked=languages is None or len(languages) > 0)
     config: Any = getattr(model, "config", None)
     labels = getattr(config, "id2label", None) or {}
@@ -70,9 +74,10 @@ def export_base(
         max_tokens=max_tokens(model),
         pad_token=int(getattr(config, "pad_token_id", None) or 0),
         opset=opset,
+        head_only=reader is not None,
     )
     with written_together(Path(folder), CONFIG_FILE) as temporary:
-        proto, x_of, marks = trace(model, slots, temporary, opset)
+        proto, x_of, marks = trace(model, slots, temporary, opset, reader)
         insert_slots(proto, slots, x_of, marks)
         onnx.helper.set_model_props(proto, {METADATA_KEY: base.digest})
         proto.producer_name, proto.producer_version = "xpatch", __version__
@@ -83,6 +88,15 @@ def export_base(
             tokenizer.save_pretrained(str(temporary))
         _check_parity(model, temporary / MODEL_FILE, base)
     return Path(folder)
+
+
+def _reader(model: nn.Module) -> Reader | None:
+    """How a classifier's head reads; None where that is not known, and for language models, whose every row may be asked for."""
+    try:
+        reader = reader_of(model)
+    except MismatchError:
+        return None
+    return None if reader.reads == "kept" else reader
 
 
 def _slots(

@@ -93,7 +93,7 @@ class OnnxBase(BaseModel):
     """`xpatch_onnx.json`: what an exported base is and which patches it can take.
 
     inputs, outputs: the model's own. languages: the order of the rows of every mask after the row of ones; None: each adapter
-    brings its own order. identity: of the exported model.
+    brings its own order. identity: of the exported model. head_only: the last layer computes the row the head reads alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -112,6 +112,7 @@ class OnnxBase(BaseModel):
     max_tokens: int | None = None
     pad_token: int = 0
     opset: int
+    head_only: bool = False
 
     @property
     def optional_inputs(self) -> frozenset[str]:

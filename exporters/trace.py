@@ -16,6 +16,7 @@ from torch import nn
 from xpatch.errors import BackendError, MismatchError
 from xpatch.exporters._backend import require
 from xpatch.exporters.slots import MODEL_FILE, Slot
+from xpatch.models.readers import Reader
 from xpatch.models.surgery import Surgery
 
 _LARGE = 1_500_000_000  # bytes of weights; protobuf ends at 2 GiB, so more goes beside the graph
@@ -23,24 +24,56 @@ _SAMPLE = (2, 7)  # batch and tokens of the traced call; 1 would be taken for a 
 
 
 class _Marked(nn.Module):
-    """The model, adding one mark `[1, 1, D_out]` per slot to y and returning x of every slot beside the logits."""
+    """The model, adding one mark `[1, 1, D_out]` per slot to y and returning x of every slot beside the logits.
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...], slots: tuple[Slot, ...]) -> None:
+    reader: how the head reads; its last layer then computes that row alone, and x of a slot there is `[B, 1, D]`.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: tuple[str, ...], slots: tuple[Slot, ...], reader: Reader | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.names, self.slots = model, names, slots
+        self.model, self.names, self.slots, self.reader = model, names, slots, reader
         self.reads = tuple(dict.fromkeys(slot.reads for slot in slots))
 
     def forward(self, inputs: tuple[torch.Tensor, ...], marks: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         seen: dict[str, torch.Tensor] = {}
+        given = dict(zip(self.names, inputs, strict=True))
         with Surgery() as surgery:
+            if self.reader is not None:
+                self._narrow(surgery, self.reader, given["input_ids"])
             for name in self.reads:
                 surgery.before(
                     self.model.get_submodule(name), lambda module, args, name=name: seen.__setitem__(name, args[0])
                 )
             for slot, mark in zip(self.slots, marks, strict=True):
                 surgery.after(self.model.get_submodule(slot.adds), lambda module, args, y, mark=mark: y + mark)
-            logits = self.model(**dict(zip(self.names, inputs, strict=True)))["logits"]
+            if self.reader is not None:
+                self._widen(surgery, self.reader, given["input_ids"])
+            logits = self.model(**given)["logits"]
         return logits, *(seen[name] for name in self.reads)
+
+    def _narrow(self, surgery: Surgery, reader: Reader, ids: torch.Tensor) -> None:
+        kept = reader.one(self.model, ids, ids)
+
+        def narrow(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return (
+                tuple(kept.narrow(x) if kept.fits(x) else x for x in args),
+                {name: kept.narrow(x) if kept.fits(x) else x for name, x in kwargs.items()},
+            )
+
+        for segment in reader.segments:
+            surgery.before(self.model.get_submodule(segment.narrow), narrow, kwargs=True)
+
+    def _widen(self, surgery: Surgery, reader: Reader, ids: torch.Tensor) -> None:
+        """After the marks: they are added to the read row alone."""
+        kept = reader.one(self.model, ids, ids)
+
+        def widen(module: nn.Module, args: Any, output: Any) -> Any:
+            return (kept.widen(output[0]), *output[1:]) if isinstance(output, tuple) else kept.widen(output)
+
+        for segment in reader.segments:
+            surgery.after(self.model.get_submodule(segment.widen), widen)
 
 
 def input_names(model: nn.Module) -> tuple[str, ...]:
@@ -87,7 +120,7 @@ def max_tokens(model: nn.Module) -> int | None:
 
 
 def trace(
-    model: nn.Module, slots: tuple[Slot, ...], folder: Path, opset: int
+    model: nn.Module, slots: tuple[Slot, ...], folder: Path, opset: int, reader: Reader | None = None
 ) -> tuple[Any, dict[str, str], dict[str, str]]:
     """Write the marked graph to `folder/model.onnx`; return it as a ModelProto, with the names of x and mark by slot prefix.
 
@@ -96,7 +129,7 @@ def trace(
     """
     require("onnxscript")
     onnx = require("onnx")
-    wrapper = _Marked(model, input_names(model), slots)
+    wrapper = _Marked(model, input_names(model), slots, reader)
     inputs = sample(model, *_SAMPLE, padded=2)
     marks = tuple(torch.zeros(1, 1, slot.width_out) for slot in slots)
     with evaluating(model), torch.no_grad():
@@ -164,7 +197,8 @@ def _check_shapes(
         ) from error
     for slot in wrapper.slots:
         x = found[wrapper.reads.index(slot.reads)]
-        if x.ndim != 3 or tuple(x.shape[:2]) != _SAMPLE or x.shape[2] != slot.width_in or x.dtype != torch.float32:
+        tokens = x.shape[1] if x.ndim == 3 and wrapper.reader is not None and x.shape[1] == 1 else _SAMPLE[1]
+        if tuple(x.shape) != (_SAMPLE[0], tokens, slot.width_in) or x.dtype != torch.float32:
             raise MismatchError(
                 f"slot {slot.site!r}: expected fp32 inputs [batch, tokens, {slot.width_in}], found {x.dtype} {list(x.shape)}; "
                 "export a model in fp32 (model.float()) at layers that see every token"

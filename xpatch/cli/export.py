@@ -29,6 +29,10 @@ def base(
         str, typer.Option(help="Activation of the patch neurons it will take; fixed in the graph.")
     ] = "relu",
     languages: Annotated[str | None, typer.Option(help="Fix the order of language masks: en,de,zh.")] = None,
+    every_row: Annotated[
+        bool,
+        typer.Option("--every-row", help="Let the last layer compute all rows, not only the one a classifier reads."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Export a model once, with its patches as optional inputs; checked against the PyTorch model before it is put in place.
@@ -41,7 +45,9 @@ def base(
     order = None if languages is None else [word.strip() for word in languages.split(",") if word.strip()]
     classifier, tokenizer = load_classifier(model)
     with quiet_transformers():
-        folder = exporters.export_base(classifier, out, tokenizer=tokenizer, activation=activation, languages=order)
+        folder = exporters.export_base(
+            classifier, out, tokenizer=tokenizer, activation=activation, languages=order, head_only=not every_row
+        )
     _show(folder, folder / "model.onnx", as_json)
 
 

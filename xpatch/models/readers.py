@@ -140,8 +140,13 @@ class Reader:
                 return None
         if self.reads == "kept":
             return _kept_logits(given, tokens)
+        return self.one(model, tokens, ids)
+
+    def one(self, model: nn.Module, tokens: torch.Tensor, ids: torch.Tensor | None) -> Kept:
+        """The one row of each input that a classifier reads. tokens: ids or embeddings; ids `[B, T]`, where the call has them."""
         if self.reads == "first":
             return Kept(tokens, 1, slice(0, 1))
+        config: Any = model.config
         padding = _text(config).pad_token_id
         if padding is None or ids is None:
             return Kept(tokens, 1, slice(-1, None))
