@@ -15,7 +15,7 @@ from xpatch.exporters.base import export_base
 from xpatch.exporters.checkpoints import export_merged, export_peft, export_widened
 from xpatch.exporters.session import Session
 from xpatch.exporters.slots import OnnxBase, read_base
-from xpatch.exporters.verify import Parity, verify
+from xpatch.exporters.verify import Parity, first_rows, texts_of, verify
 
 __all__ = [
     "OnnxBase",
@@ -27,6 +27,8 @@ __all__ = [
     "export_peft",
     "export_widened",
     "read_adapter",
+    "first_rows",
     "read_base",
+    "texts_of",
     "verify",
 ]

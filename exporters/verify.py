@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from xpatch.models.anatomy import ffn_site
 from xpatch.models.surgery import Surgery
 from xpatch.ops import reference
 from xpatch.patches import identity
+from xpatch.patches.requests import EditRequest
 from xpatch.patches.store import load
 from xpatch.patches.types import LanguageMask, LowRankDelta, Part, PatchNeurons, PatchSet
 from xpatch.runtime.routing import Rows
@@ -124,6 +125,29 @@ def verify(
             logits["ort patched"].append(session.run(arrays, xpatch=Rows(languages=language))["logits"])
         found.append(_compare(language, {name: np.concatenate(parts) for name, parts in logits.items()}))
     return Parity(tuple(found), tolerance)
+
+
+def texts_of(requests: Iterable[EditRequest]) -> dict[str, list[Text]]:
+    """language -> the distinct texts (or pairs) of edit requests, rephrases and locality probes included."""
+    found: dict[str, dict[Text, None]] = {}
+    for request in requests:
+        for language, version in request.versions.items():
+            for probe in (version.probe, *version.rephrases, *version.locality):
+                text: Text = probe.text if probe.text_pair is None else (probe.text, probe.text_pair)
+                found.setdefault(language, {})[text] = None
+    return {language: list(texts) for language, texts in found.items()}
+
+
+def first_rows(patches: PatchSet) -> PatchSet:
+    """The set cut to the first neuron (or rank) of each part, without a ledger: the smallest thing a slot can hold."""
+    parts: dict[str, Part] = {}
+    for name, part in patches.parts.items():
+        if isinstance(part, PatchNeurons):
+            part = replace(part, keys=part.keys[:1], bias=part.bias[:1], values=part.values[:1])
+        elif isinstance(part, LowRankDelta):
+            part = replace(part, down=part.down[:1], up=part.up[:, :1])
+        parts[name] = part
+    return PatchSet(parts=parts, masks=patches.masks, gates=patches.gates, base=patches.base)
 
 
 def _encode(tokenizer: Any, texts: Sequence[Text], limit: int, names: Sequence[str]) -> dict[str, torch.Tensor]:

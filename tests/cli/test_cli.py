@@ -22,6 +22,7 @@ COMMANDS = [
     ("export", "widened"),
     ("export", "merged"),
     ("export", "peft"),
+    ("export", "verify"),
     ("bench", "crosslingual"),
     ("bench", "swap"),
     ("diff",),
@@ -222,6 +223,12 @@ def test_export(run: Callable[..., Any], model_folder: Path, patch_folder: Path,
     assert result.code == 0, result.err
     assert (base / "model.onnx").stat().st_size > 0
     assert adapter.stat().st_size > 0
+    result = run("export", "verify", base, model_folder, patch_folder)
+    assert result.code == 0 and "largest difference" in result.out, result.err
+    found = json.loads(run("export", "verify", base, model_folder, patch_folder, "--json").out)
+    assert found["ok"] and set(found["all"]["languages"]) == {"en", "de", "fr"} and found["all"]["max_diff"] < 1e-4
+    result = run("export", "verify", base, model_folder, patch_folder, "--tolerance", "0")
+    assert result.code == 1
 
 
 def test_module_and_script_agree(tmp_path: Path) -> None:

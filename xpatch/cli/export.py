@@ -133,6 +133,66 @@ def peft(
     _show(folder, folder, as_json)
 
 
+@commands.command()
+def verify(
+    base: Annotated[Path, typer.Argument(help="Folder that `xpatch export base` wrote.")],
+    model: Annotated[str, typer.Argument(help="Folder of the model it was exported from, or 'verifier'.")],
+    patches: Annotated[str, typer.Argument(help="Patch folder (or hf:// or another fsspec URL).")],
+    cases: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of edit requests whose texts are asked; by default the set's own requests."),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Largest difference of a logit that is let pass.")] = 1e-4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Compare PyTorch and ONNX Runtime with no patch, with one neuron and with all of them, in every language of the cases.
+
+    Exit code 0: every difference is below the tolerance and no prediction differs; 1: something differs; 2: bad input.
+
+    Example: xpatch export verify onnx my-model fixes
+    """
+    import xpatch
+    from xpatch import exporters
+    from xpatch.patches.requests import read_requests
+
+    patch_set = xpatch.load(patches)
+    asked = (
+        read_requests(cases) if cases else [record.request for record in patch_set.edits if record.request is not None]
+    )
+    texts = exporters.texts_of(asked)
+    if not texts:
+        raise XpatchError(f"{patches}: its ledger holds no texts to ask; name some with --cases FILE")
+    loaded, tokenizer = load_classifier(model)
+    runs = {"one": exporters.first_rows(patch_set), "all": patch_set}
+    found = {
+        name: exporters.verify(loaded, tokenizer, base, chosen, texts, tolerance=tolerance)
+        for name, chosen in runs.items()
+    }
+    good = all(parity.ok for parity in found.values())
+    if as_json:
+        print_json({"ok": good, **{name: parity.to_dict() for name, parity in found.items()}})
+    else:
+        _compared(found, {name: sum(part.count for part in chosen.parts.values()) for name, chosen in runs.items()})
+    if not good:
+        raise typer.Exit(1)
+
+
+def _compared(found: Any, counts: Any) -> None:
+    from rich.table import Table
+
+    shown = Table(title="PyTorch against ONNX Runtime", title_justify="left", box=None, pad_edge=False)
+    for head in ("language", "neurons", "texts", "largest difference", "predictions that differ", "moved by patches"):
+        shown.add_column(head, justify="left" if head == "language" else "right")
+    for number, parity in enumerate(found["all"].languages):
+        shown.add_row(
+            parity.language, "0", str(parity.texts), f"{parity.base_max_diff:.1e}", str(parity.base_changed), ""
+        )
+        for name, count in counts.items():
+            one = found[name].languages[number]
+            shown.add_row("", str(count), "", f"{one.patched_max_diff:.1e}", str(one.patched_changed), str(one.moved))
+    stdout().print(shown)
+
+
 def _inputs(model: str, patches: str, out: Path) -> tuple[Any, Any, Any]:
     import xpatch
     from xpatch.cli.any_model import load
