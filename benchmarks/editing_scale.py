@@ -116,9 +116,9 @@ def _measure(
         seconds, cpu = time.perf_counter() - begun, time.process_time() - used
     status = collections.Counter(record.status for record in patches.edits)
     asked = random.Random(seed).sample(range(len(claims)), min(ASKED, len(claims)))
+    cases = editing_claims.cases(claims, languages)
     report = xpatch.evaluate(
-        subject.model, subject.tokenizer,
-        [editing_claims.cases(claims, languages)[index] for index in sorted(asked)], patches,
+        subject.model, subject.tokenizer, [cases[index] for index in sorted(asked)], patches,
         locality_test=editing_claims.watched(WATCHED, languages),
         needed=[requests[index].id for index in sorted(asked)],
     )  # fmt: skip
