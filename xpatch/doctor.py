@@ -14,11 +14,17 @@ State = Literal["ok", "optional", "problem"]
 
 REQUIRED = ("torch", "numpy", "safetensors", "pydantic", "transformers", "tokenizers", "typer", "rich")
 EXTRAS = {
-    "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "plotly": "report",
+    "onnx": "onnx", "onnxscript": "onnx", "plotly": "report",
     "fsspec": "remote", "huggingface_hub": "remote", "py3langid": "lid", "cryptography": "sign",
 }  # fmt: skip
 FLOORS = {"torch": (2, 6), "transformers": (4, 50), "onnxruntime": (1, 20)}
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
+
+
+# An ONNX model (IR 8, opset 13) of one Identity node, from x to y, one float each.
+_IDENTITY = bytes.fromhex(
+    "080812003a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a020801620f0a0179120a0a08080112040a02080142040a00100d"
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ def diagnose() -> dict[str, Any]:
     """Everything `xpatch doctor --json` prints: `checks`, `native`, `cpu`, `threads`, `cuda`, and `ok` (no problem found)."""
     native = _native()
     cuda = _cuda()
-    checks = [_python(), *_packages(), _native_check(native), _cuda_check(cuda), _verifier()]
+    checks = [_python(), *_packages(), *_onnxruntime(), _native_check(native), _cuda_check(cuda), _verifier()]
     return {
         "ok": not any(check.state == "problem" for check in checks),
         "checks": [asdict(check) for check in checks],
@@ -56,7 +62,6 @@ def _packages() -> list[Check]:
     for name in ("xpatch", *REQUIRED, *EXTRAS):
         version = _version_of(name)
         extra = EXTRAS.get(name)
-        floor = FLOORS.get(name)
         if version is None and extra is None:
             state: State = "problem"
             hint = (
@@ -67,12 +72,56 @@ def _packages() -> list[Check]:
             checks.append(Check(name, state, "not installed", hint))
         elif version is None:
             checks.append(Check(name, "optional", "not installed", f'pip install "xpatch[{extra}]"'))
-        elif floor is not None and _numbers(version) < floor:
-            wanted = ".".join(map(str, floor))
-            checks.append(Check(name, "problem", version, f"xpatch needs {name} {wanted} or newer"))
         else:
-            checks.append(Check(name, "ok", version))
+            checks.append(_new_enough(name, version))
     return checks
+
+
+def _new_enough(name: str, version: str) -> Check:
+    floor = FLOORS.get(name, ())
+    if _numbers(version) < floor:
+        wanted = ".".join(map(str, floor))
+        return Check(name, "problem", version, f"xpatch needs {name} {wanted} or newer")
+    return Check(name, "ok", version)
+
+
+def _onnxruntime() -> list[Check]:
+    """The CPU and the GPU build of ONNX Runtime are two packages that share one folder: each overwrites the other's files."""
+    found = {name: version for name in ("onnxruntime", "onnxruntime-gpu") if (version := _version_of(name)) is not None}
+    if not found:
+        return [
+            Check(
+                "onnxruntime", "optional", "not installed", 'pip install "xpatch[onnx]", with CUDA "xpatch[onnx-gpu]"'
+            )
+        ]
+    if len(found) > 1:
+        both = ", ".join(f"{name} {version}" for name, version in found.items())
+        hint = "they overwrite each other: pip uninstall onnxruntime onnxruntime-gpu, then install one of them again"
+        return [Check("onnxruntime", "problem", both, hint)]
+    ((name, version),) = found.items()
+    check = _new_enough("onnxruntime", version)
+    if check.state != "ok":
+        return [check]
+    return [Check("onnxruntime", "ok", version if name == "onnxruntime" else f"{name} {version}"), _provider(name)]
+
+
+def _provider(package: str) -> Check:
+    """Which provider a session really gets: one that cannot load its libraries leaves its place to the next."""
+    try:
+        import onnxruntime
+
+        offered = [name for name in onnxruntime.get_available_providers() if name.startswith(("CUDA", "CPU"))]
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        running = onnxruntime.InferenceSession(_IDENTITY, options, providers=offered).get_providers()[0]
+    except Exception as error:
+        return Check(
+            "ONNX Runtime provider", "problem", f"{type(error).__name__}: {error}"[:200], f"reinstall {package}"
+        )
+    if package == "onnxruntime-gpu" and not running.startswith("CUDA"):
+        hint = "the GPU build runs on the CPU: it finds no device, or not the CUDA and cuDNN libraries it was built for"
+        return Check("ONNX Runtime provider", "problem", running, hint)
+    return Check("ONNX Runtime provider", "ok", running)
 
 
 def _version_of(name: str) -> str | None:

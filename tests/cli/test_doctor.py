@@ -53,15 +53,42 @@ def test_missing_native_build(run: Callable[..., Any], monkeypatch: pytest.Monke
 
 
 def test_missing_and_old_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"torch": "2.5.1+cpu", "onnxruntime": None, "rich": None}
+    versions = {"torch": "2.5.1+cpu", "onnx": None, "rich": None}
     monkeypatch.setattr(doctor, "_version_of", lambda name: versions.get(name, "99.0"))
     checks = {check.name: check for check in doctor._packages()}
     assert checks["torch"].state == "problem"
     assert "2.6" in checks["torch"].hint
-    assert checks["onnxruntime"].state == "optional"
-    assert "xpatch[onnx]" in checks["onnxruntime"].hint
+    assert checks["onnx"].state == "optional"
+    assert "xpatch[onnx]" in checks["onnx"].hint
     assert checks["rich"].state == "problem"
     assert checks["numpy"].state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("installed", "state", "words"),
+    [
+        ({}, "optional", "xpatch[onnx-gpu]"),
+        ({"onnxruntime": "1.19.2"}, "problem", "1.20 or newer"),
+        ({"onnxruntime": "1.24.0", "onnxruntime-gpu": "1.24.0"}, "problem", "overwrite each other"),
+    ],
+)
+def test_builds_of_onnxruntime(
+    installed: dict[str, str], state: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_version_of", installed.get)
+    (check,) = doctor._onnxruntime()
+    assert (check.name, check.state) == ("onnxruntime", state) and words in check.hint
+
+
+def test_the_provider_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    _, check = doctor._onnxruntime()
+    assert check.state == "ok" and check.found.endswith("ExecutionProvider")
+    if "CUDAExecutionProvider" not in runtime.get_available_providers():
+        monkeypatch.setattr(doctor, "_version_of", {"onnxruntime-gpu": "1.31.0"}.get)
+        package, check = doctor._onnxruntime()
+        assert package.found == "onnxruntime-gpu 1.31.0"
+        assert check.state == "problem" and "runs on the CPU" in check.hint
 
 
 def test_real_native_info_is_plain_data() -> None:
