@@ -28,7 +28,6 @@ from .progress import steps
 if TYPE_CHECKING:
     from rich.console import Group
 
-BACKENDS = ("torch",)
 BUDGET_S, QUICK_BUDGET_S = 10.0, 3.0  # of timed calls a row, where 15 repeats take less
 SIDES = ("unpatched", "unpatched_optimized", "patched", "patched_full", "dense_patched")
 CODE = ("model_", "latency", "trained", "texts")
@@ -41,7 +40,6 @@ def run(
     patches: int | None = None,
     batches: Sequence[int] = (),
     tokens: Sequence[int] = (),
-    backend: str = "torch",
     quick: bool = False,
     seed: int = 0,
     repeats: int | None = None,
@@ -55,10 +53,8 @@ def run(
     models: names of `model_shapes.NAMES` or subjects; patches, batches, tokens: instead of each model's own. quick: the smaller
     batches and texts, shorter. repeats: of every side, at least 15; None: as many as the time allows. cases: the generator of
     patches, by default `xpatch.benchmarks.trained.cases`. work: folder for finished rows, by default beside `out`; without `out`
-    nothing is kept. progress: a bar; None: on a terminal only. Raises `XpatchError` for an unknown model or backend.
+    nothing is kept. progress: a bar; None: on a terminal only. Raises `XpatchError` for an unknown model.
     """
-    if backend not in BACKENDS:
-        raise xpatch.XpatchError(f"latency benchmark: no backend {backend!r}; backends are {', '.join(BACKENDS)}")
     chosen = [subject(model) if isinstance(model, str) else model for model in models]
     folder = Path(work) if work else Path(out).with_suffix(".work") if out else None
     shapes = {
@@ -80,7 +76,6 @@ def run(
                 "weights": dict(one.settings or {}),
                 "dtypes": [str(dtype) for dtype in one.dtypes],
                 "patches": count,
-                "backend": backend,
                 "seed": seed,
                 "build": machine.native_build(),
             }
@@ -91,7 +86,7 @@ def run(
                 budget = QUICK_BUDGET_S if quick else BUDGET_S
                 make = functools.partial(bench.row, batch, length, repeats, budget)
                 found = parts.kept(folder, f"{one.name}-{batch}x{length}", settings, make, CODE)
-                rows.append({"model": one.name, "backend": backend, **found})
+                rows.append({"model": one.name, "backend": "torch", **found})
                 bar.end()
     result: dict[str, Any] = {
         "benchmark": "latency",

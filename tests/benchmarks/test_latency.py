@@ -138,8 +138,6 @@ def test_a_step_is_the_last_row_of_the_whole_and_leaves_its_cache(name):
 def test_unknown_names(run):
     with pytest.raises(xpatch.XpatchError, match="no shape is called"):
         run(models=["bert-huge"])
-    with pytest.raises(xpatch.XpatchError, match="backends are torch"):
-        run(backend="jax")
 
 
 def test_measured_chooses_its_repeats():

@@ -83,7 +83,7 @@ def test_latency_of_a_folder(run: Callable[..., Any], any_model_folder: Path, tm
         ("latency", ("--batch", ","), "--batch"),
         ("latency", ("--patches", "0"), "--patches"),
         ("latency", ("--model", "no-such-model"), "does not exist"),
-        ("latency", ("--backend", "jax"), "backends are torch"),
+        ("latency", ("--backend", "jax"), "backends are torch, ort, both"),
     ],
 )
 def test_refuses_bad_options(

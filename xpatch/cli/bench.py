@@ -15,9 +15,10 @@ from typing import Annotated, Any
 import typer
 
 from xpatch.cli.console import stdout
-from xpatch.cli.inputs import check_method, check_out_file, model_folder, quiet_transformers
+from xpatch.cli.inputs import check_method, check_out_file, model_folder, needs, quiet_transformers
 from xpatch.errors import XpatchError
 
+BACKENDS = ("torch", "ort", "both")
 commands = typer.Typer(help="Measure editors and the runtime.", no_args_is_help=True, rich_markup_mode="rich")
 
 
@@ -170,26 +171,34 @@ def latency(
     tokens: Annotated[
         str | None, typer.Option(help="Tokens a text, or in a decoder's cache before its step; comma separated.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="What runs the model: torch.")] = "torch",
+    backend: Annotated[
+        str, typer.Option(help="What runs the model: torch, ort (classifiers in ONNX Runtime), or both.")
+    ] = "torch",
     quick: Annotated[bool, typer.Option("--quick", help="Short texts and small batches, in under a minute.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, inputs and patches.")] = 0,
 ) -> None:
-    """Time whole models: unpatched, with xpatch.optimize alone, patched, and with the patches as two dense matmuls.
+    """Time whole models: unpatched, with xpatch.optimize alone, patched, and with the patches as two dense matmuls; or in ONNX Runtime,
+    patched and not. With --backend both, the second result is written beside the first, with _ort in its name.
 
     Example: xpatch bench latency --model bert-base --quick --json latency.json
     """
+    if backend not in BACKENDS:
+        raise XpatchError(f"--backend: no backend {backend!r}; backends are {', '.join(BACKENDS)}")
     chosen = {"batches": _numbers("--batch", batch), "tokens": _numbers("--tokens", tokens)}
     names = _words("--model", model)
     check_out_file(json_file, "--json")
-    from xpatch.benchmarks import model_latency as benchmark
+    from xpatch.benchmarks import model_latency, ort_latency
 
+    if backend != "torch":
+        needs("--backend ort", "onnxruntime", "onnx")
+    beside = json_file.with_name(f"{json_file.stem}_ort{json_file.suffix}") if backend == "both" else json_file
     with quiet_transformers():
         models = [_subject(name) for name in names]
-        result = benchmark.run(
-            json_file, models=models, patches=patches, backend=backend, quick=quick, seed=seed, **chosen
-        )
-    stdout().print(benchmark.table(result))
-    stdout().print(f"{json_file}", markup=False)
+        for name, benchmark, path in (("torch", model_latency, json_file), ("ort", ort_latency, beside)):
+            if backend in (name, "both"):
+                result = benchmark.run(path, models=models, patches=patches, quick=quick, seed=seed, **chosen)
+                stdout().print(benchmark.table(result))
+                stdout().print(f"{path}", markup=False)
 
 
 @commands.command()
