@@ -23,8 +23,8 @@ _ALL = {"rephrases": True, "memory_languages": "all", "memory_rows": 12_000}
 #   whitened all the way, 60 steps at 0.05 on 3000 rows         97.7     11      10000    5000      20
 #   half way (ridge: the mean variance)                         96.4      7        300     100      20
 #   half way, 1500 texts of tokens drawn from all               96.8      7        100     200      20
-#   half way, 3000 texts, every second of one script (taken)    96.7      5          0       0      22
-# T-Patcher keeps plain coordinates: it has a memory of one language, and whitened by that its patches fire in the others.
+#   half way, 3000 texts, every second of one script (*)        96.7      5          0       0      22
+# (*) taken, with 2000. T-Patcher keeps plain coordinates: it has a memory of one language, and whitened by that its patches fire in the others.
 _WHITENED = {
     "coordinates": "whitened", "mates": "all", "mates_per_step": 1000, "memory_noise": 2000, "memory_per_step": 3000,
     "activation_weight": 2.0, "learning_rate": 5e-2, "weight_decay": 3e-3, "steps": 60,
