@@ -140,7 +140,7 @@ def read_base(folder: str | Path) -> OnnxBase:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise FormatError(
-            f"{folder} is not an exported base: it holds no {CONFIG_FILE}; write one with `xpatch export base --model DIR --out {folder}`"
+            f"{folder} is not an exported base: it holds no {CONFIG_FILE}; write one with `xpatch export base MODEL --out {folder}`"
         )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -217,7 +217,7 @@ def test_evaluate_table_and_report(
 def test_export(run: Callable[..., Any], model_folder: Path, patch_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     base, adapter = tmp_path / "onnx", tmp_path / "fixes.onnx_adapter"
-    result = run("export", "base", "--model", model_folder, "--out", base)
+    result = run("export", "base", model_folder, "--out", base)
     assert result.code == 0, result.err
     result = run("export", "adapter", patch_folder, "--base", base, "--out", adapter)
     assert result.code == 0, result.err

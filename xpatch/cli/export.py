@@ -1,4 +1,4 @@
-"""`xpatch export base | adapter | widened | merged | peft`: patches in the formats that servers read."""
+"""`xpatch export base | adapter | verify | widened | merged | peft`: patches in the formats that servers read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def export() -> None:
 
 @commands.command()
 def base(
-    model: Annotated[str, typer.Option(help="Folder of a Hugging Face sequence classifier, or 'verifier'.")],
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face sequence classifier, or 'verifier'.")],
     out: Annotated[Path, typer.Option(help="Folder to write: model.onnx, its description, the tokenizer.")],
     activation: Annotated[
         str, typer.Option(help="Activation of the patch neurons it will take; fixed in the graph.")
@@ -37,7 +37,7 @@ def base(
 ) -> None:
     """Export a model once, with its patches as optional inputs; checked against the PyTorch model before it is put in place.
 
-    Example: xpatch export base --model my-model --out onnx
+    Example: xpatch export base my-model --out onnx
     """
     from xpatch import exporters
 
@@ -66,7 +66,7 @@ def adapter(
     from xpatch import exporters
 
     if not base.is_dir():
-        raise XpatchError(f"--base {base} does not exist; write it with xpatch export base --model DIR --out {base}")
+        raise XpatchError(f"--base {base} does not exist; write it with xpatch export base MODEL --out {base}")
     check_out_file(out)
     patch_set = xpatch.load(patches)
     made = exporters.export_adapter(patch_set, base, out)
