@@ -119,4 +119,5 @@ def test_check_fails_on_a_contradiction(
     found = json.loads(run("check", patch_folder, tmp_path / "other", "--model", model_folder, "--json").out)
     assert found["ok"] is False and len(found["contradictions"]) == 4
     same = shutil.copytree(patch_folder, tmp_path / "same")
-    assert run("check", patch_folder, same, "--model", model_folder).code == 0
+    twice = json.loads(run("check", patch_folder, same, "--model", model_folder, "--json").out)
+    assert twice["contradictions"] == []  # edits may pull at each other's answers when all of them act twice
