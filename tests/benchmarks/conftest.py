@@ -86,6 +86,8 @@ def quick(monkeypatch, protocol):
     def hurried(model, tokenizer, requests, **settings):
         texts = {language: [probe.text for probe in probes] for language, probes in protocol.locality_train.items()}
         steps = {} if settings["method"] == "ft" else {"steps": 3}
+        if settings["method"] in ("t-patcher", "mpn-only", "mpn", "mpn-masked"):
+            steps |= {"rescue": False, "memory_noise": 20}
         return edit(model, tokenizer, requests, **{"memory": texts, **steps, **settings})
 
     monkeypatch.setattr(xpatch, "edit", hurried)

@@ -71,7 +71,7 @@ class NeuronConfig(Config):
     rounds: int = Field(default=3, ge=0)
     """How often edits that are not right in the presence of the others are trained again."""
     rescue: bool = False
-    """Train edits that are still not right after all rounds once more: in scaled coordinates, without random texts, for 240 steps or more."""
+    """Train edits that are still not right after all rounds once more: in scaled coordinates, without random texts, in up to 240 steps."""
     keep_failed: bool = True
     """Install the neurons of an edit that is still not right (the reference does); else it owns nothing."""
 

@@ -154,7 +154,8 @@ class _Run(EditRows):
 
         config = self.config
         if coordinates is not None:
-            config = config.model_copy(update={"steps": max(config.steps, _RESCUE_STEPS)})
+            steps = max(config.steps, min(4 * config.steps, _RESCUE_STEPS))
+            config = config.model_copy(update={"steps": steps})
         keys, bias, values = train(problem, config, self.task.head.tail, self.activation, generator, tick)
         used = coordinates or self.coordinates
         if used is not None:
