@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from xpatch import EditRequest, zoo
-from xpatch.editors.mpn.config import DEFAULT
 from xpatch.evaluation import label_names
 from xpatch.evaluation.bootstrap import estimate, tally
 
@@ -43,9 +42,10 @@ PLAIN: Mapping[str, Any] = {
     "coordinates": "plain", "memory_noise": 0, "mates": "earlier", "mates_per_step": 2000, "memory_per_step": 6000,
     "activation_weight": 1.0, "learning_rate": 1.5e-2, "weight_decay": 0.01, "steps": 200,
 }  # fmt: skip
+# As MPN's default has them.
 WHITENED: Mapping[str, Any] = {
-    name: getattr(DEFAULT, name) for name in PLAIN if not name.startswith(("mates", "memory_per", "steps"))
-}
+    "coordinates": "whitened", "memory_noise": 2000, "activation_weight": 2.0, "learning_rate": 5e-2, "weight_decay": 3e-3,
+}  # fmt: skip
 # Gates that are trained, and those that a trained one is served through. GELU is 0 in fp32 below -5.54: a margin of 8 puts silent
 # neurons there in training, a shift of 2.6 does with the usual margin of 3.
 GATES: Mapping[str, Mapping[str, Any]] = {

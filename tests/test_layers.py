@@ -30,7 +30,7 @@ ALLOWED = {
     "watch": {"models", "patches", "ops", "runtime", "evaluation", "api"},
     "xpatch": {*BELOW_API, "api"},
     "upgrade": {*BELOW_API, "api"},
-    "exporters": {"patches", "models", "ops"},
+    "exporters": {"patches", "models", "ops", "runtime"},
     # Only public names.
     "benchmarks": {"xpatch", "zoo", "data", "evaluation", "exporters", "ops", "patches"},
     "doctor": {*BELOW_API, "api", "xpatch", "zoo"},
