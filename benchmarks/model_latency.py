@@ -22,7 +22,7 @@ from . import goals as judged
 from . import machine, parts
 from .latency import measure, measured
 from .model_patches import beside, case_for, fired_share, place, read_row, watched
-from .model_shapes import CALIBRATION_STREAMS, CALIBRATION_TEXTS, Subject, classify, random_ids, step, subject
+from .model_shapes import CALIBRATION_STREAMS, CALIBRATION_TEXTS, Subject, classify, grid, random_ids, step, subject
 from .progress import steps
 
 if TYPE_CHECKING:
@@ -57,14 +57,7 @@ def run(
     """
     chosen = [subject(model) if isinstance(model, str) else model for model in models]
     folder = Path(work) if work else Path(out).with_suffix(".work") if out else None
-    shapes = {
-        one.name: [
-            (batch, length)
-            for length in tokens or (one.tokens[:1] if quick else one.tokens)
-            for batch in batches or (one.batches[:2] if quick else one.batches)
-        ]
-        for one in chosen
-    }
+    shapes = grid(chosen, batches, tokens, quick)
     rows: list[dict[str, Any]] = []
     facts: list[dict[str, Any]] = []
     with steps(progress, sum(len(found) for found in shapes.values())) as bar:

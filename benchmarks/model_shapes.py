@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,20 @@ def folder_subject(name: str, folder: Path, model: Any, site: tuple[str, str, st
     files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())}
     calls = _DECODER if decoder else _CLASSIFIER
     return Subject(name, lambda seed: model, *site, settings={"folder": str(folder), "files": files}, **calls)
+
+
+def grid(
+    chosen: Sequence[Subject], batches: Sequence[int], tokens: Sequence[int], quick: bool
+) -> dict[str, list[tuple[int, int]]]:
+    """model -> its (batch, tokens): those given, else its own; quick: the smaller ones."""
+    return {
+        one.name: [
+            (batch, length)
+            for length in tokens or (one.tokens[:1] if quick else one.tokens)
+            for batch in batches or (one.batches[:2] if quick else one.batches)
+        ]
+        for one in chosen
+    }
 
 
 def random_ids(model: Any, batch: int, tokens: int, seed: int) -> Tensor:

@@ -26,7 +26,7 @@ from . import machine, parts
 from .latency import measured
 from .model_latency import BUDGET_S, QUICK_BUDGET_S
 from .model_patches import case_for, place, read_row, watched
-from .model_shapes import CALIBRATION_TEXTS, Subject, classify, random_ids, subject
+from .model_shapes import CALIBRATION_TEXTS, Subject, classify, grid, random_ids, subject
 from .progress import steps
 
 if TYPE_CHECKING:
@@ -66,14 +66,7 @@ def run(
             )
     folder = Path(work) if work else Path(out).with_suffix(".work") if out else None
     rows: list[dict[str, Any]] = []
-    shapes = {
-        one.name: [
-            (batch, length)
-            for length in tokens or (one.tokens[:1] if quick else one.tokens)
-            for batch in batches or (one.batches[:2] if quick else one.batches)
-        ]
-        for one in chosen
-    }
+    shapes = grid(chosen, batches, tokens, quick)
     with steps(progress, sum(map(len, shapes.values()))) as bar:
         for one in chosen:
             count = patches or one.patches

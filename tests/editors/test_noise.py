@@ -26,6 +26,13 @@ def test_texts_can_be_read_and_follow_the_seed(kind, pairs):
     assert all(tokenizer(probe.text)["input_ids"] for probe in found)
 
 
+def test_of_a_large_vocabulary_a_part_is_decoded(monkeypatch):
+    monkeypatch.setattr("xpatch.editors.t_patcher.noise._TOKENS", 12)
+    tokenizer = tokenizer_of("bert")
+    words = {word for probe in noise(tokenizer, 200, random.Random(0)) for word in probe.text.split()}
+    assert 1 < len(words) <= 13 < len(tokenizer)  # the sample and the unknown token
+
+
 def test_none_are_drawn_where_none_are_asked_for():
     assert noise(tokenizer_of("bert"), 0, random.Random(0)) == []
 

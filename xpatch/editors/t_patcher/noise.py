@@ -9,6 +9,7 @@ from typing import Any
 from xpatch.patches.requests import Probe
 
 _LONGEST = 24
+_TOKENS = 20_000  # of a larger vocabulary, so many are drawn from: each is decoded once a call
 _LEAST = 8  # tokens that a script must have to be drawn from
 
 
@@ -18,7 +19,7 @@ def noise(tokenizer: Any, count: int, rng: random.Random, *, pairs: bool = False
 
     Fewer texts where the tokenizer decodes some to nothing, or has no vocabulary to draw from.
     """
-    everything, scripts = _vocabulary(tokenizer) if count else ([], [])
+    everything, scripts = _vocabulary(tokenizer, rng) if count else ([], [])
 
     def text(number: int) -> str:
         tokens = rng.choice(scripts) if number % 2 and scripts else everything
@@ -28,11 +29,12 @@ def noise(tokenizer: Any, count: int, rng: random.Random, *, pairs: bool = False
     return [Probe(text=first, text_pair=second) for first, second in drawn if first and second != ""]
 
 
-def _vocabulary(tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+def _vocabulary(tokenizer: Any, rng: random.Random) -> tuple[list[int], list[list[int]]]:
     """All tokens but special ones, and those of each script by the first letter's name in Unicode."""
     special = set(tokenizer.all_special_ids)
     scripts: dict[str, list[int]] = {}
-    for index in range(len(tokenizer)):
+    size = len(tokenizer)
+    for index in range(size) if size <= _TOKENS else sorted(rng.sample(range(size), _TOKENS)):
         if index not in special:
             scripts.setdefault(_script(str(tokenizer.decode([index]))), []).append(index)
     unknown = getattr(tokenizer, "unk_token_id", None)
