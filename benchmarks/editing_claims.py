@@ -20,10 +20,8 @@ from . import texts
 from .protocol import INVERSE, TRAINED, UNSEEN, choose
 
 SPLIT = "train"
-_BLOCK, _SOURCES = (
-    512,
-    200_000,
-)  # claims asked at once; claims of the stream that are looked at, where so many there are
+_BLOCK = 512  # claims asked at once
+_TURNS = 36  # claims of the stream that are looked at, a fact; past 37 the relations have no other objects left
 
 
 def needed(
@@ -33,7 +31,7 @@ def needed(
     """The first `count` claims of a seeded order that the model answers wrong in at least one of `languages`; fewer where they end."""
     labels: Mapping[str, int] = model.config.label2id
     facts = len(data.facts(split))
-    stream = itertools.islice(texts.claims(seed, split), min(_SOURCES, 32 * facts))
+    stream = itertools.islice(texts.claims(seed, split), _TURNS * facts)
     kept = (item for item in stream if item.fact.relation not in INVERSE)
     found: list[data.Claim] = []
     while len(found) < count and (
