@@ -13,8 +13,8 @@ ONNX needs `pip install "xpatch[onnx]"`; importing this package does not.
 from xpatch.exporters.adapter import export_adapter, read_adapter
 from xpatch.exporters.base import export_base
 from xpatch.exporters.checkpoints import export_merged, export_peft, export_widened
+from xpatch.exporters.description import OnnxBase, read_base
 from xpatch.exporters.session import Session
-from xpatch.exporters.slots import OnnxBase, read_base
 from xpatch.exporters.verify import Parity, first_rows, texts_of, verify
 
 __all__ = [

@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from xpatch.errors import FormatError, XpatchError
 from xpatch.exporters._backend import require
+from xpatch.exporters.description import read_base
 from xpatch.exporters.feed import Array, check_fit, fill
-from xpatch.exporters.slots import META, Slot, read_base
+from xpatch.exporters.slots import META, Slot
 from xpatch.patches.config import PatchConfig, config_json, parse_config
 from xpatch.patches.store import load
 from xpatch.patches.types import EditRecord, LanguageMask, LowRankDelta, PatchNeurons, PatchSet

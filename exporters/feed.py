@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from xpatch.errors import ConflictError, MismatchError
-from xpatch.exporters.slots import OnnxBase, Slot
+from xpatch.exporters.description import OnnxBase
+from xpatch.exporters.slots import Slot
 from xpatch.patches.identity import first_difference
 from xpatch.patches.types import DenseDelta, LanguageMask, LowRankDelta, PatchNeurons, PatchSet
 

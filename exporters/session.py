@@ -21,8 +21,11 @@ import numpy as np
 from xpatch.errors import BackendError, ConflictError, FormatError, MismatchError
 from xpatch.exporters._backend import require
 from xpatch.exporters.adapter import read_adapter
+from xpatch.exporters.description import METADATA_KEY, PAST, PRESENT, read_base
 from xpatch.exporters.feed import Array, Feed, check_fit, fill, selection
-from xpatch.exporters.slots import LANGUAGE, METADATA_KEY, MODEL_FILE, read_base
+from xpatch.exporters.generate import generate
+from xpatch.exporters.inputs import prepared
+from xpatch.exporters.slots import LANGUAGE
 from xpatch.patches.expiry import without_expired
 from xpatch.patches.store import load
 from xpatch.patches.types import PatchSet
@@ -66,8 +69,12 @@ class Session:
         self.base = read_base(base_folder)
         self._allow = (allow,) if isinstance(allow, str) else tuple(allow)
         self._ort = require("onnxruntime")
-        self.session = self._open(Path(base_folder) / MODEL_FILE, providers, threads)
-        self._device = "cuda" if self.session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        self.graphs = {
+            name: self._open(Path(base_folder) / graph.file, providers, threads)
+            for name, graph in self.base.graphs.items()
+        }
+        self._provider = next(iter(self.graphs.values())).get_providers()[0]
+        self._device = "cuda" if self._provider == "CUDAExecutionProvider" else "cpu"
         self._state = _State()
         self._lock = threading.Lock()
         self._warned = False
@@ -129,7 +136,7 @@ class Session:
 
     def status(self) -> Status:
         """What is applied, as `xpatch.status` tells it; `kernel` is the provider that runs."""
-        state, kernel = self._state, self.session.get_providers()[0]
+        state, kernel = self._state, self._provider
         return Status(
             sets=tuple(
                 SetStatus(name, found.fingerprint, len(found.edits), tuple(state.expired.get(name, ())))
@@ -143,15 +150,42 @@ class Session:
         )
 
     def run(self, inputs: Mapping[str, Any], *, xpatch: Rows | None = None) -> dict[str, Array]:
-        """One call: inputs (`input_ids` `[B, T]` and what else a tokenizer gives) -> `{"logits": [B, C]}`.
+        """One call: inputs (`input_ids` `[B, T]` and what else a tokenizer gives) -> `{"logits": [B, C] or [B, T, V]}`.
 
-        xpatch: which sets and which language each row gets; without it, what `rows` said, else all sets for every row. Missing
-        attention masks are all ones, missing token types all zeros. Raises `MismatchError` for unknown names or shapes,
-        `ConflictError` for inputs that belong to patches and for sets whose language masks differ.
+        Decoders take `past_key_values.*` of P tokens too, with an `attention_mask` `[B, P + T]`, and give `present.*`, which is the next
+        call's past; a first call has none. Encoder-decoders take `decoder_input_ids` `[B, T]` (default: the start token); once they
+        have a past, the text is not read again. xpatch: which sets and which language each row gets; without it, what `rows` said, else
+        all sets for every row. Missing masks are all ones, missing token types all zeros. Raises `MismatchError` for unknown names or
+        shapes, `ConflictError` for inputs that belong to patches and for sets whose language masks differ.
         """
-        feed = self._tokens(inputs)
-        feed |= self.patch_inputs(feed["input_ids"].shape[0], xpatch=xpatch)
-        return dict(zip(self.base.outputs, self.session.run(list(self.base.outputs), feed), strict=True))
+        feed: dict[str, Any] = dict(prepared(self.base, inputs))
+        patches = self.patch_inputs(len(next(iter(feed.values()))), xpatch=xpatch)
+        if self.base.kind != "encoder-decoder":
+            return self._run("model", feed, patches)
+        mask, past = feed.pop("attention_mask"), {name: feed[name] for name in feed if name.startswith(PAST)}
+        crossed: dict[str, Array] = {}
+        if "input_ids" in feed:
+            crossed = self._run("encoder", {"input_ids": feed["input_ids"], "attention_mask": mask}, patches)
+            del crossed["last_hidden_state"]
+            past |= {PAST + name.removeprefix(PRESENT): value for name, value in crossed.items()}
+        else:
+            crossed = {PRESENT + one.name: past[PAST + one.name] for one in self.base.cache if one.cross}
+        step = {"input_ids": feed["decoder_input_ids"], "encoder_attention_mask": mask, **past}
+        return {**self._run("decoder", step, patches), **crossed}
+
+    def generate(self, inputs: Mapping[str, Any], *, max_new_tokens: int = 20, xpatch: Rows | None = None) -> Array:
+        """Greedy continuations, as `model.generate(do_sample=False)` of transformers: token ids `[B, T + new]` of a decoder, the
+        prompt included; `[B, 1 + new]` of an encoder-decoder, the start token included.
+
+        inputs: `input_ids` `[B, T]` and `attention_mask`; a decoder's prompts are padded on the left. Rows that ended are filled with the
+        padding token. xpatch: as in `run`. Raises as `run`, and `MismatchError` for a model that generates nothing.
+        """
+        return generate(self, inputs, max_new_tokens, xpatch)
+
+    def _run(self, graph: str, feed: Mapping[str, Any], patches: Mapping[str, Any]) -> dict[str, Array]:
+        outputs, own = list(self.base.graphs[graph].outputs), self.base.optional_inputs_of(graph)
+        given = {**feed, **{name: value for name, value in patches.items() if name in own}}
+        return dict(zip(outputs, self.graphs[graph].run(outputs, given), strict=True))
 
     def patch_inputs(self, batch: int, *, xpatch: Rows | None = None) -> dict[str, Any]:
         """The optional graph inputs of a call of `batch` rows, as OrtValues; `xpatch` as in `run`."""
@@ -170,41 +204,18 @@ class Session:
             values |= self._values({LANGUAGE: index})
         return values
 
-    def bind(self, binding: Any, batch: int, *, xpatch: Rows | None = None) -> None:
-        """Put the patches of a call into an `onnxruntime.IOBinding`, whose token inputs and outputs the caller binds.
+    def bind(self, binding: Any, batch: int, *, graph: str | None = None, xpatch: Rows | None = None) -> None:
+        """Put the patches of a call into an `onnxruntime.IOBinding` of one of `graphs`, whose token inputs and outputs the caller binds.
 
-        xpatch: as in `run`. (Adapters of ONNX Runtime itself are ignored with IO binding.) An input keeps its binding until another
-        replaces it, so what this call does not use is bound to its default.
+        graph: where there is more than one. xpatch: as in `run`. (Adapters of ONNX Runtime itself are ignored with IO binding.) An input
+        keeps its binding until another replaces it, so what this call does not use is bound to its default.
         """
+        graph = graph or ("model" if "model" in self.graphs else "decoder")
         values = self.patch_inputs(batch, xpatch=xpatch)
+        own = self.base.optional_inputs_of(graph)
         for name, default in self._defaults().items():
-            binding.bind_ortvalue_input(name, values.get(name, default))
-
-    def _tokens(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        collisions = sorted(self.base.optional_inputs.intersection(inputs))
-        if collisions:
-            raise ConflictError(f"inputs {', '.join(collisions)} belong to patches; apply a patch set instead")
-        unknown = sorted(set(inputs).difference(self.base.inputs))
-        if unknown:
-            raise MismatchError(
-                f"unknown inputs {', '.join(unknown)}; the exported base takes {', '.join(self.base.inputs)}"
-            )
-        if "input_ids" not in inputs:
-            raise MismatchError(f"expected input_ids [batch, tokens], found {', '.join(inputs) or 'nothing'}")
-        ids = np.asarray(inputs["input_ids"], np.int64)
-        if ids.ndim != 2 or (self.base.max_tokens is not None and ids.shape[1] > self.base.max_tokens):
-            raise MismatchError(
-                f"input_ids: expected [batch, tokens] with at most {self.base.max_tokens} tokens, found {list(ids.shape)}"
-            )
-        feed = {"input_ids": ids}
-        for name in self.base.inputs[1:]:
-            default = np.ones_like(ids) if name == "attention_mask" else np.zeros_like(ids)
-            feed[name] = np.asarray(inputs[name], np.int64) if name in inputs else default
-            if feed[name].shape != ids.shape:
-                raise MismatchError(
-                    f"{name}: expected the shape of input_ids, {list(ids.shape)}, found {list(feed[name].shape)}"
-                )
-        return feed
+            if name in own:
+                binding.bind_ortvalue_input(name, values.get(name, default))
 
     def _prepared(self, names: Sequence[str], state: _State) -> tuple[Feed, dict[str, Any]]:
         key = tuple(names)

@@ -1,9 +1,8 @@
-"""From a Hugging Face model to an ONNX file with one mark per patch slot (`torch.onnx.export`, dynamic batch and tokens)."""
+"""From one call of a Hugging Face model to an ONNX file with one mark per patch slot (`torch.onnx.export`, dynamic axes)."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,30 +14,28 @@ from torch import nn
 
 from xpatch.errors import BackendError, MismatchError
 from xpatch.exporters._backend import require
-from xpatch.exporters.slots import MODEL_FILE, Slot
+from xpatch.exporters.calls import Call
+from xpatch.exporters.slots import Slot
 from xpatch.models.readers import Reader
 from xpatch.models.surgery import Surgery
 
 _LARGE = 1_500_000_000  # bytes of weights; protobuf ends at 2 GiB, so more goes beside the graph
-_SAMPLE = (2, 7)  # batch and tokens of the traced call; 1 would be taken for a constant
 
 
 class _Marked(nn.Module):
-    """The model, adding one mark `[1, 1, D_out]` per slot to y and returning x of every slot beside the logits.
+    """A call of the model, adding one mark `[1, 1, D_out]` per slot to y and returning x of every slot beside the outputs.
 
     reader: how the head reads; its last layer then computes that row alone, and x of a slot there is `[B, 1, D]`.
     """
 
-    def __init__(
-        self, model: nn.Module, names: tuple[str, ...], slots: tuple[Slot, ...], reader: Reader | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, call: Call, slots: tuple[Slot, ...], reader: Reader | None = None) -> None:
         super().__init__()
-        self.model, self.names, self.slots, self.reader = model, names, slots, reader
+        self.model, self.call, self.slots, self.reader = model, call, slots, reader
         self.reads = tuple(dict.fromkeys(slot.reads for slot in slots))
 
     def forward(self, inputs: tuple[torch.Tensor, ...], marks: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         seen: dict[str, torch.Tensor] = {}
-        given = dict(zip(self.names, inputs, strict=True))
+        given = dict(zip(self.call.inputs, inputs, strict=True))
         with Surgery() as surgery:
             if self.reader is not None:
                 self._narrow(surgery, self.reader, given["input_ids"])
@@ -50,8 +47,13 @@ class _Marked(nn.Module):
                 surgery.after(self.model.get_submodule(slot.adds), lambda module, args, y, mark=mark: y + mark)
             if self.reader is not None:
                 self._widen(surgery, self.reader, given["input_ids"])
-            logits = self.model(**given)["logits"]
-        return logits, *(seen[name] for name in self.reads)
+            found = self.call.compute(self.model, given)
+        unseen = [slot.site for slot in self.slots if slot.reads not in seen]
+        if unseen:
+            raise MismatchError(
+                f"{', '.join(unseen)}: not computed by the graph {self.call.graph!r}, so patches have no place there; name other sites"
+            )
+        return *found, *(seen[name] for name in self.reads)
 
     def _narrow(self, surgery: Surgery, reader: Reader, ids: torch.Tensor) -> None:
         kept = reader.one(self.model, ids, ids)
@@ -76,90 +78,45 @@ class _Marked(nn.Module):
             surgery.after(self.model.get_submodule(segment.widen), widen)
 
 
-def input_names(model: nn.Module) -> tuple[str, ...]:
-    """The token inputs of a model: ids, mask, and token types where the model has more than one."""
-    names = ["input_ids", "attention_mask"]
-    accepted = inspect.signature(model.forward).parameters
-    if "token_type_ids" in accepted and (getattr(getattr(model, "config", None), "type_vocab_size", 1) or 1) > 1:
-        names.append("token_type_ids")
-    missing = [name for name in names if name not in accepted]
-    if missing:
-        raise MismatchError(
-            f"{type(model).__name__} cannot be exported: its forward takes no {', '.join(missing)}; only text models can"
-        )
-    return tuple(names)
-
-
-def sample(model: nn.Module, batch: int, tokens: int, padded: int = 0) -> dict[str, torch.Tensor]:
-    """A call of random token ids `[batch, tokens]`, the last row's last `padded` tokens being padding."""
-    config: Any = getattr(model, "config", None)
-    padding = getattr(config, "pad_token_id", None) or 0
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, int(config.vocab_size), (batch, tokens), generator=draw)
-    ids[ids == padding] = (padding + 1) % int(config.vocab_size)
-    mask = torch.ones_like(ids)
-    if padded:
-        ids[-1, -padded:], mask[-1, -padded:] = padding, 0
-    every = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
-    return {name: every[name] for name in input_names(model)}
-
-
-def max_tokens(model: nn.Module) -> int | None:
-    """The longest text the positions of a model allow, special tokens included; None where the configuration does not say."""
-    config: Any = getattr(model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if limit is None:
-        return None
-    # RoBERTa counts positions from behind the padding index, and so has fewer than its table has rows.
-    offset = any(
-        getattr(module, "padding_idx", None)
-        for name, module in model.named_modules()
-        if name.endswith("position_embeddings")
-    )
-    return int(limit) - (int(getattr(config, "pad_token_id", 0) or 0) + 1 if offset else 0)
-
-
 def trace(
-    model: nn.Module, slots: tuple[Slot, ...], folder: Path, opset: int, reader: Reader | None = None
+    model: nn.Module, call: Call, slots: tuple[Slot, ...], folder: Path, opset: int, reader: Reader | None = None
 ) -> tuple[Any, dict[str, str], dict[str, str]]:
-    """Write the marked graph to `folder/model.onnx`; return it as a ModelProto, with the names of x and mark by slot prefix.
+    """Write the marked graph of one call to its file in `folder`; return it as a ModelProto, with the names of x and mark by slot prefix.
 
-    Weights above 1.5 GB lie beside the graph and are not loaded again. Raises `MismatchError` for a model that cannot be called
-    or whose sites do not see `[B, T, D]`, `BackendError` when the exporter fails.
+    slots: those of this graph. Weights above 1.5 GB lie beside the graph and are not loaded again. Raises `MismatchError` for a model
+    that cannot be called or whose sites do not see `[B, T, D]`, `BackendError` when the exporter fails.
     """
     require("onnxscript")
     onnx = require("onnx")
-    wrapper = _Marked(model, input_names(model), slots, reader)
-    inputs = sample(model, *_SAMPLE, padded=2)
+    wrapper = _Marked(model, call, slots, reader)
+    inputs = tuple(call.sample[name] for name in call.inputs)
     marks = tuple(torch.zeros(1, 1, slot.width_out) for slot in slots)
     with evaluating(model), torch.no_grad():
         _check_shapes(model, wrapper, inputs, marks)
-        batch, tokens = (
-            torch.export.Dim("batch", min=1),
-            torch.export.Dim("tokens", min=1, max=max_tokens(model) or 1 << 20),
-        )
+        moving = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in call.inputs.items()}
         with _quiet():
             try:
                 program = torch.onnx.export(
                     wrapper,
-                    (tuple(inputs.values()), marks),
-                    input_names=[*inputs, *(f"xpatch_mark_{i}" for i in range(len(marks)))],
-                    output_names=["logits", *(f"xpatch_x_{i}" for i in range(len(wrapper.reads)))],
-                    dynamic_shapes=(tuple({0: batch, 1: tokens} for _ in inputs), tuple({} for _ in marks)),
+                    (inputs, marks),
+                    input_names=[*call.inputs, *(f"xpatch_mark_{i}" for i in range(len(marks)))],
+                    output_names=[*call.outputs, *(f"xpatch_x_{i}" for i in range(len(wrapper.reads)))],
+                    dynamic_shapes=(tuple(moving.values()), tuple({} for _ in marks)),
                     opset_version=opset,
                     dynamo=True,
                     verbose=False,
                 )
                 assert program is not None  # with dynamo=True it never is
                 large = sum(value.numel() * value.element_size() for value in model.state_dict().values()) > _LARGE
-                program.save(str(folder / MODEL_FILE), external_data=large)
+                program.save(str(folder / call.file), external_data=large)
             except Exception as error:
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise BackendError(
                     f"torch.onnx could not export {type(model).__name__} (torch {torch.__version__}): {reason[0][:300]}; "
                     "try another version of torch, transformers or onnxscript"
                 ) from error
-    proto = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
+    proto = onnx.load(str(folder / call.file), load_external_data=False)
+    _name_axes(proto.graph, call)
     copies = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Identity"}
     reads = {name: f"xpatch_x_{number}" for number, name in enumerate(wrapper.reads)}
     x_of = {slot.prefix: copies.get(reads[slot.reads], reads[slot.reads]) for slot in slots}
@@ -181,24 +138,41 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _name_axes(graph: Any, call: Call) -> None:
+    """The exporter numbers the dynamic axes; they get the names that `call` gives them."""
+    names: dict[str, str] = {}
+    known: Mapping[str, Mapping[int, str]] = {**call.inputs, **call.outputs}
+    for value in (*graph.input, *graph.output):
+        for axis, name in known.get(value.name, {}).items():
+            names.setdefault(value.type.tensor_type.shape.dim[axis].dim_param, name)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
+
+
 def _check_shapes(
-    model: nn.Module, wrapper: _Marked, inputs: Mapping[str, torch.Tensor], marks: tuple[torch.Tensor, ...]
+    model: nn.Module, wrapper: _Marked, inputs: tuple[torch.Tensor, ...], marks: tuple[torch.Tensor, ...]
 ) -> None:
     other = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"})
     if other:
         raise MismatchError(
             f"{type(model).__name__}: expected fp32 weights, found {', '.join(other)}; export it in fp32 (model.float())"
         )
+    call = wrapper.call
+    batch = inputs[0].shape[0]
     try:
-        _, *found = wrapper(tuple(inputs.values()), marks)
+        found = wrapper(inputs, marks)[len(call.outputs) :]
+    except MismatchError:
+        raise
     except Exception as error:
         raise MismatchError(
-            f"{type(model).__name__} cannot be called on {', '.join(inputs)} of shape {list(_SAMPLE)}: {error}"
+            f"{type(model).__name__} cannot be called on {', '.join(call.inputs)} of shape {list(inputs[0].shape)}: {error}"
         ) from error
     for slot in wrapper.slots:
         x = found[wrapper.reads.index(slot.reads)]
-        tokens = x.shape[1] if x.ndim == 3 and wrapper.reader is not None and x.shape[1] == 1 else _SAMPLE[1]
-        if tuple(x.shape) != (_SAMPLE[0], tokens, slot.width_in) or x.dtype != torch.float32:
+        tokens = x.shape[1] if x.ndim == 3 and wrapper.reader is not None and x.shape[1] == 1 else call.tokens
+        if tuple(x.shape) != (batch, tokens, slot.width_in) or x.dtype != torch.float32:
             raise MismatchError(
                 f"slot {slot.site!r}: expected fp32 inputs [batch, tokens, {slot.width_in}], found {x.dtype} {list(x.shape)}; "
                 "export a model in fp32 (model.float()) at layers that see every token"

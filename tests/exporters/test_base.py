@@ -94,7 +94,7 @@ def test_a_failed_export_leaves_the_earlier_one(bert_base, tmp_path, monkeypatch
     folder.mkdir()
     (folder / "xpatch_onnx.json").write_text("{}")
 
-    def fail(model, slots, temporary, opset, reader):
+    def fail(model, call, slots, temporary, opset, reader):
         (temporary / "model.onnx").write_text("half")
         raise xpatch.BackendError("no")
 

@@ -202,14 +202,14 @@ def test_io_binding_sees_the_patches(bert_base):
     inputs = batch()
     patches = patch_set(neurons(bert_base.site, 3), name="fixes")
     session = Session(bert_base.folder, patches)
-    binding = session.session.io_binding()
+    binding = session.graphs["model"].io_binding()
     for name in session.base.inputs:
         value = inputs.get(name, torch.zeros_like(inputs["input_ids"])).numpy()
         binding.bind_cpu_input(name, value)
     binding.bind_output("logits", "cpu")
     for choice, sets in (("fixes", [patches]), ("__base__", []), (None, [patches])):
         session.bind(binding, 4, xpatch=xpatch.Rows(patches=choice))
-        session.session.run_with_iobinding(binding)
+        session.graphs["model"].run_with_iobinding(binding)
         assert close(binding.copy_outputs_to_cpu()[0], torch_logits(bert_base.model, inputs, *sets)), choice
 
 
