@@ -26,12 +26,14 @@ class _Marked(nn.Module):
     """A call of the model, adding one mark `[1, 1, D_out]` per slot to y and returning x of every slot beside the outputs.
 
     reader: how the head reads; its last layer then computes that row alone, and x of a slot there is `[B, 1, D]`.
+    flat: modules that see the tokens of all rows in one axis, `[B T, D]` (OPT's).
     """
 
     def __init__(self, model: nn.Module, call: Call, slots: tuple[Slot, ...], reader: Reader | None = None) -> None:
         super().__init__()
         self.model, self.call, self.slots, self.reader = model, call, slots, reader
         self.reads = tuple(dict.fromkeys(slot.reads for slot in slots))
+        self.flat: frozenset[str] = frozenset()
 
     def forward(self, inputs: tuple[torch.Tensor, ...], marks: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         seen: dict[str, torch.Tensor] = {}
@@ -39,12 +41,22 @@ class _Marked(nn.Module):
         with Surgery() as surgery:
             if self.reader is not None:
                 self._narrow(surgery, self.reader, given["input_ids"])
+            batch = inputs[0].shape[0]
             for name in self.reads:
-                surgery.before(
-                    self.model.get_submodule(name), lambda module, args, name=name: seen.__setitem__(name, args[0])
-                )
+
+                def see(module: nn.Module, args: Any, name: str = name) -> None:
+                    x = args[0]
+                    seen[name] = x.view(batch, -1, x.shape[-1]) if name in self.flat else x
+
+                surgery.before(self.model.get_submodule(name), see)
             for slot, mark in zip(self.slots, marks, strict=True):
-                surgery.after(self.model.get_submodule(slot.adds), lambda module, args, y, mark=mark: y + mark)
+
+                def add(
+                    module: nn.Module, args: Any, y: Any, mark: Any = mark, flat: bool = slot.reads in self.flat
+                ) -> Any:
+                    return (y.view(batch, -1, y.shape[-1]) + mark).view(y.shape) if flat else y + mark
+
+                surgery.after(self.model.get_submodule(slot.adds), add)
             if self.reader is not None:
                 self._widen(surgery, self.reader, given["input_ids"])
             found = self.call.compute(self.model, given)
@@ -162,6 +174,11 @@ def _check_shapes(
     call = wrapper.call
     batch = inputs[0].shape[0]
     try:
+        every = _Marked(model, call, wrapper.slots)(inputs, marks)[len(call.outputs) :]
+        rows = batch * call.tokens
+        wrapper.flat = frozenset(
+            name for name, x in zip(wrapper.reads, every, strict=True) if x.ndim == 2 and len(x) == rows
+        )
         found = wrapper(inputs, marks)[len(call.outputs) :]
     except MismatchError:
         raise

@@ -28,20 +28,34 @@ from xpatch.runtime.routing import Rows
 
 TOLERANCE = 1e-4
 Text = str | tuple[str, str]
+_SAID = 8  # tokens that an encoder-decoder generates for the comparison
 
 
 @dataclass(frozen=True)
 class LanguageParity:
-    """PyTorch against ONNX Runtime on one language's texts. differences: largest over all logits. changed: predictions (argmax)
-    that differ. moved: predictions that the patches change, in PyTorch; 0 means that the patched comparison shows little."""
+    """PyTorch against ONNX Runtime on one language's texts. differences: largest over all logits. changed: predictions (argmax, of
+    language models at every token) that differ. moved: predictions that the patches change, in PyTorch; 0 means that the patched
+    comparison shows little."""
 
     language: str
-    texts: int
-    base_max_diff: float
-    patched_max_diff: float
-    base_changed: int
-    patched_changed: int
-    moved: int
+    texts: int = 0
+    base_max_diff: float = 0.0
+    patched_max_diff: float = 0.0
+    base_changed: int = 0
+    patched_changed: int = 0
+    moved: int = 0
+
+    def joined(self, other: LanguageParity) -> LanguageParity:
+        """Both together, of one language."""
+        return LanguageParity(
+            self.language,
+            self.texts + other.texts,
+            _larger(self.base_max_diff, other.base_max_diff),
+            _larger(self.patched_max_diff, other.patched_max_diff),
+            self.base_changed + other.base_changed,
+            self.patched_changed + other.patched_changed,
+            self.moved + other.moved,
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,8 @@ def verify(
     """Compare PyTorch and ONNX Runtime on texts (or pairs of texts) of each language, with the patches and without.
 
     model: the unpatched model that was exported, in fp32; left as it was. The PyTorch side computes the patches with the reference
-    maths of `xpatch.ops.reference`, independently of the graph. patches: a set, a patch folder or an `.onnx_adapter`.
+    maths of `xpatch.ops.reference`, independently of the graph. Language models are compared at every token of the texts,
+    encoder-decoders at the tokens that the patched model says of them. patches: a set, a patch folder or an `.onnx_adapter`.
     allow: identity checks to leave out, as in `xpatch.apply`. A difference is reported, not raised.
     Raises `MismatchError` or `FormatError` where the three do not belong together or no texts are given.
     """
@@ -113,18 +128,31 @@ def verify(
     limit = min(length for length in (max_length, session.base.max_tokens, 512) if length is not None)
     found = []
     for language, own in texts.items():
-        logits: dict[str, list[Array]] = {"torch": [], "torch patched": [], "ort": [], "ort patched": []}
+        parity = LanguageParity(language)
         for start in range(0, len(own), batch_size):
-            encoded = _encode(tokenizer, own[start : start + batch_size], limit, session.base.inputs)
-            inputs = {name: value.to(device) for name, value in encoded.items()}
-            arrays = {name: value.numpy() for name, value in encoded.items()}
-            logits["torch"].append(_logits(model, inputs))
+            inputs = _encode(tokenizer, own[start : start + batch_size], limit, session.base.inputs)
+            inputs = {name: value.to(device) for name, value in inputs.items()}
             with _patched(model, patches, language):
-                logits["torch patched"].append(_logits(model, inputs))
-            logits["ort"].append(session.run(arrays, xpatch=Rows(patches="__base__"))["logits"])
-            logits["ort patched"].append(session.run(arrays, xpatch=Rows(languages=language))["logits"])
-        found.append(_compare(language, {name: np.concatenate(parts) for name, parts in logits.items()}))
+                if session.base.kind == "encoder-decoder":
+                    inputs["decoder_input_ids"] = _said(model, inputs)
+                torch_patched = _logits(model, inputs)
+            arrays = {name: value.cpu().numpy() for name, value in inputs.items()}
+            logits = {
+                "torch": _logits(model, inputs),
+                "torch patched": torch_patched,
+                "ort": session.run(arrays, xpatch=Rows(patches="__base__"))["logits"],
+                "ort patched": session.run(arrays, xpatch=Rows(languages=language))["logits"],
+            }
+            if session.base.kind != "encoder-decoder" and logits["ort"].ndim == 3:  # of padding nothing is asked
+                real = arrays["attention_mask"].astype(bool)
+                logits = {name: value[real] for name, value in logits.items()}
+            parity = parity.joined(_compare(language, logits, len(inputs["input_ids"])))
+        found.append(parity)
     return Parity(tuple(found), tolerance)
+
+
+def _larger(one: float, other: float) -> float:
+    return float(np.maximum(one, other))  # NaN stays NaN
 
 
 def texts_of(requests: Iterable[EditRequest]) -> dict[str, list[Text]]:
@@ -196,13 +224,20 @@ def _delta(part: Part, mask: LanguageMask | None, x: torch.Tensor, language: str
     return delta if mask is None or row is None else delta * mask.outer[row].to(x.device)
 
 
-def _compare(language: str, logits: Mapping[str, Array]) -> LanguageParity:
+def _said(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What an encoder-decoder says of the texts, as its decoder's inputs."""
+    with evaluating(model), torch.no_grad():
+        said: torch.Tensor = model.generate(**inputs, max_new_tokens=_SAID, do_sample=False, num_beams=1)
+    return said
+
+
+def _compare(language: str, logits: Mapping[str, Array], texts: int) -> LanguageParity:
     best = {name: values.argmax(-1) for name, values in logits.items()}
     return LanguageParity(
         language=language,
-        texts=len(logits["torch"]),
-        base_max_diff=float(np.abs(logits["torch"] - logits["ort"]).max()),
-        patched_max_diff=float(np.abs(logits["torch patched"] - logits["ort patched"]).max()),
+        texts=texts,
+        base_max_diff=float(np.abs(logits["torch"] - logits["ort"]).max(initial=0.0)),
+        patched_max_diff=float(np.abs(logits["torch patched"] - logits["ort patched"]).max(initial=0.0)),
         base_changed=int((best["torch"] != best["ort"]).sum()),
         patched_changed=int((best["torch patched"] != best["ort patched"]).sum()),
         moved=int((best["torch"] != best["torch patched"]).sum()),

@@ -97,3 +97,19 @@ def test_the_bundled_verifier_in_six_languages(tmp_path):
         expected["on"] = model(**encoded).logits.numpy()
     for choice, name in ((None, "on"), ("__base__", "off")):
         assert np.abs(session.run(encoded, xpatch=xpatch.Rows(patches=choice))["logits"] - expected[name]).max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert-mlm", "gpt2-lm", "t5"])
+def test_language_models_token_by_token(family, tiny, tokenizer, tmp_path):
+    torch.manual_seed(2)
+    model = tiny(family)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.2)
+    export_base(model, tmp_path / "onnx")
+    patches = xpatch.PatchSet(parts={"n": neurons(final_ffn(model).name, 5, mask="m")}, masks={"m": masks("en")})
+    texts = {"en": TEXTS["en"][:5] + ["w3"], "zh": ["w1 w2 w4", "w7"]}
+    report = verify(model, tokenizer, tmp_path / "onnx", patches, texts, batch_size=4, allow=("tokenizer",))
+    assert report.ok and [one.texts for one in report.languages] == [6, 2]
+    assert sum(one.moved for one in report.languages) > 0

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from xpatch.cli.console import print_json, stdout
-from xpatch.cli.inputs import check_out_file, check_writable, load_classifier, quiet_transformers
+from xpatch.cli.inputs import check_out_file, check_writable, quiet_transformers
 from xpatch.errors import XpatchError
 
 commands = typer.Typer(
@@ -23,8 +23,15 @@ def export() -> None:
 
 @commands.command()
 def base(
-    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face sequence classifier, or 'verifier'.")],
-    out: Annotated[Path, typer.Option(help="Folder to write: model.onnx, its description, the tokenizer.")],
+    model: Annotated[str, typer.Argument(help="Folder of a classifier or language model, or 'verifier'.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: the graphs, their description, the tokenizer.")],
+    site: Annotated[
+        list[str] | None, typer.Option(help="FFN that takes neurons; may be given again (default: the final one).")
+    ] = None,
+    linear: Annotated[
+        list[str] | None,
+        typer.Option(help="Linear layer that takes low-rank deltas; may be given again (default: those FFNs' last)."),
+    ] = None,
     activation: Annotated[
         str, typer.Option(help="Activation of the patch neurons it will take; fixed in the graph.")
     ] = "relu",
@@ -37,18 +44,22 @@ def base(
 ) -> None:
     """Export a model once, with its patches as optional inputs; checked against the PyTorch model before it is put in place.
 
+    Decoders get a cache of keys and values, encoder-decoders two graphs.
+
     Example: xpatch export base my-model --out onnx
     """
     from xpatch import exporters
+    from xpatch.cli.any_model import load_editable
 
     check_writable(out)
     order = None if languages is None else [word.strip() for word in languages.split(",") if word.strip()]
-    classifier, tokenizer = load_classifier(model)
+    loaded, tokenizer = load_editable(model)
     with quiet_transformers():
         folder = exporters.export_base(
-            classifier, out, tokenizer=tokenizer, activation=activation, languages=order, head_only=not every_row
-        )
-    _show(folder, folder / "model.onnx", as_json)
+            loaded, out, tokenizer=tokenizer, activation=activation, sites=site or None, linears=linear or None,
+            languages=order, head_only=not every_row,
+        )  # fmt: skip
+    _show(folder, folder, as_json)
 
 
 @commands.command()
@@ -153,6 +164,7 @@ def verify(
     """
     import xpatch
     from xpatch import exporters
+    from xpatch.cli.any_model import load_editable
     from xpatch.patches.requests import read_requests
 
     patch_set = xpatch.load(patches)
@@ -162,7 +174,7 @@ def verify(
     texts = exporters.texts_of(asked)
     if not texts:
         raise XpatchError(f"{patches}: its ledger holds no texts to ask; name some with --cases FILE")
-    loaded, tokenizer = load_classifier(model)
+    loaded, tokenizer = load_editable(model)
     runs = {"one": exporters.first_rows(patch_set), "all": patch_set}
     found = {
         name: exporters.verify(loaded, tokenizer, base, chosen, texts, tolerance=tolerance)
