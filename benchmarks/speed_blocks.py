@@ -29,13 +29,15 @@ def kernel_block(result: Mapping[str, Any]) -> str:
 
 
 def stretch_note(result: Mapping[str, Any]) -> str:
-    """One sentence about the largest set, and the goal."""
+    """A sentence about the largest set, and one for each goal."""
     row = max((row for row in result["rows"] if row["m"] == 1), key=lambda row: row["n"])
     text = (
         f"{row['n']:,} patches cost one row {row['kernel_ms']:.3g} ms, {row['speedup']:.3g} times less than dense PyTorch and "
         f"{row['floor_ratio']:.2g} times a plain read of their int8 keys ({row['floor_gb_s']:.3g} GB/s)."
     )
-    return "\n\n".join(filter(None, (text, goal_table(result["goals"]))))
+    judged = (goals.words(goal) for goal in result["goals"])
+    told = (f"Goal, {what}: {bound}, {value}, {_stressed(word)}." for what, bound, value, _, word in judged)
+    return " ".join((text, *told))
 
 
 def latency_block(result: Mapping[str, Any]) -> str:
@@ -67,12 +69,12 @@ def goal_table(found: Sequence[Mapping[str, Any]]) -> str:
     """The goals beside what was measured, the missed ones too."""
     if not found:
         return ""
-    body = [goals.words(goal) for goal in found]
-    body = [
-        [what, bound, value, where, word if word == "met" else f"**{word}**"]
-        for what, bound, value, where, word in body
-    ]
+    body = [[*cells, _stressed(word)] for *cells, word in map(goals.words, found)]
     return table(["goal", "wanted", "measured, worst point", "at", ""], body)
+
+
+def _stressed(word: str) -> str:
+    return word if word == "met" else f"**{word}**"
 
 
 def _times(row: Mapping[str, Any] | None) -> str:
