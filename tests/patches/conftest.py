@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
+from xpatch.patches import store
 from xpatch.patches.requests import EditRequest
 from xpatch.patches.types import EditRecord, PatchNeurons, PatchSet
 
@@ -39,6 +43,20 @@ def make_set() -> Callable[..., PatchSet]:
         return PatchSet({"neurons.0": neurons}, edits=edits, name=name)
 
     return make
+
+
+@pytest.fixture
+def folder(make_set: Callable[..., PatchSet], tmp_path: Path) -> Path:
+    """A saved set of two edits, `a` and `b`."""
+    return Path(store.save(make_set(["a", "b"]), tmp_path / "x"))
+
+
+@contextmanager
+def soon(seconds: float = 5.0) -> Iterator[None]:
+    """Nothing in here may wait."""
+    began = time.perf_counter()
+    yield
+    assert time.perf_counter() - began < seconds
 
 
 @pytest.fixture(scope="module")
