@@ -122,9 +122,8 @@ def trace(
                 large = sum(value.numel() * value.element_size() for value in model.state_dict().values()) > _LARGE
                 program.save(str(folder / call.file), external_data=large)
             except Exception as error:
-                reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise BackendError(
-                    f"torch.onnx could not export {type(model).__name__} (torch {torch.__version__}): {reason[0][:300]}; "
+                    f"torch.onnx could not export {type(model).__name__} (torch {torch.__version__}): {_reason(error)}; "
                     "try another version of torch, transformers or onnxscript"
                 ) from error
     proto = onnx.load(str(folder / call.file), load_external_data=False)
@@ -148,6 +147,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, out of the exporter's pages of advice."""
+    text = str(error).split("## Exception summary")[-1]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:4])[:300] if lines else type(error).__name__
 
 
 def _name_axes(graph: Any, call: Call) -> None:

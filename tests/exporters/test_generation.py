@@ -15,7 +15,7 @@ from xpatch.models.anatomy import final_ffn
 
 DECODERS = [
     "gpt2-lm", "bloom", "opt", "xglm", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi", "phi3", "falcon",
-    "gpt-neox", "gptj", "starcoder2", "cohere", "olmo2", "mpt", "granite", "smollm3",
+    "gpt-neox", "gptj", "starcoder2", "cohere", "olmo2", "granite", "smollm3",
 ]  # fmt: skip
 ENCODER_DECODERS = ["t5", "mt5", "umt5", "bart", "mbart", "m2m100", "marian", "pegasus"]
 
@@ -193,4 +193,12 @@ def test_bad_inputs_are_named(made, tiny):
 def test_a_state_that_is_not_keys_and_values_is_refused(tiny, tmp_path):
     with pytest.raises(xpatch.MismatchError, match="cannot be exported"):
         export_base(tiny("jamba"), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(tiny, tmp_path):
+    """MPT cuts its distances at a length that depends on the past."""
+    with pytest.raises(xpatch.BackendError, match="could not export MptForCausalLM .*inconsistent"):
+        export_base(tiny("mpt"), tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
