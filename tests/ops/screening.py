@@ -14,6 +14,7 @@ from xpatch.ops.registry.patch_ffn import native_call
 
 NAN, INF, LARGEST = math.nan, math.inf, torch.finfo(torch.float32).max
 CUTS = {"relu": 0.0, "gelu": -5.543, "gelu_tanh": -5.158, "silu": -88.723}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NO_MASKS = (None, None, None)
 
 activations = st.sampled_from(list(CUTS))

@@ -198,7 +198,7 @@ def test_many_edits_take_little_time() -> None:
     part = PatchNeurons("s", keys, torch.ones(count), keys, "relu")
     edits = tuple(record(str(index), PAST, rows={"n": (index,)}) for index in range(count))
     patches = PatchSet({"n": part, "d": DenseDelta("l", torch.ones(2, 2))}, edits)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.warns(UserWarning, match="and 3995 more stay in force"):
         assert without_expired(patches, NOW)[1] == ()
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
