@@ -26,8 +26,9 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(NATIVE) | $(VENV)/bin/
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
 	touch $@
 
+# One worker a core; tests/conftest.py gives each one thread.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q

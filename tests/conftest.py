@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,10 +10,21 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: read when torch is loaded, and by its processes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 hypothesis.settings.register_profile("xpatch", deadline=None, max_examples=40, print_blob=True)
 hypothesis.settings.load_profile("xpatch")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: one for each core this process may use, eight at most, for each holds torch and models of its own."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
 
 
 @pytest.fixture(autouse=True)
