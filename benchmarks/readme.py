@@ -52,9 +52,9 @@ def block(results: Path) -> str:
         parts.append(
             "No results are committed yet; `xpatch bench crosslingual --json benchmarks/results/crosslingual.json` makes them."
         )
-    parts += [
-        f"![{title}]({(RESULTS / name).as_posix()})" for name, title in CHARTS.items() if (results / name).is_file()
-    ]
+    charts = {name: title for name, title in CHARTS.items() if (results / name).is_file()}
+    if charts:  # one paragraph
+        parts.append("\n".join(f"![{title}]({(RESULTS / name).as_posix()})" for name, title in charts.items()))
     parts += _further(results)
     trained = _read(results / "hyper_editors.json")
     if trained is not None:
