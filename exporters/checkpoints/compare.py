@@ -156,7 +156,8 @@ def _rounded(part: Part, dtype: torch.dtype) -> Part:
     """Neurons as weights of `dtype` hold them; deltas are added in fp32."""
     if not isinstance(part, PatchNeurons):
         return part
-    return replace(part, **{name: tensor.to(dtype).float() for name, tensor in part.tensors.items()})
+    keys, bias, values = (tensor.to(dtype).float() for tensor in (part.keys, part.bias, part.values))
+    return replace(part, keys=keys, bias=bias, values=values)
 
 
 def _first(error: Exception) -> str:
