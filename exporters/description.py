@@ -52,7 +52,7 @@ class OnnxBase(BaseModel):
     attention being outputs of the first. inputs: what a tokenizer gives. outputs: what `Session.run` returns. cache: in the graph's order.
     languages: the order of the rows of every mask after the row of ones; None: each adapter brings its own order.
     identity: of the exported model. head_only: the last layer computes the row the head reads alone.
-    start_token, end_tokens: of generated text.
+    start_token, end_tokens: of generated text. quantized: "int8" where `quantize_base` made it of a base in fp32, whose identity it keeps.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,6 +77,7 @@ class OnnxBase(BaseModel):
     end_tokens: tuple[int, ...] = ()
     opset: int
     head_only: bool = False
+    quantized: Literal["int8"] | None = None
 
     @property
     def optional_inputs(self) -> frozenset[str]:

@@ -81,6 +81,8 @@ def insert_slots(model: Any, slots: tuple[Slot, ...], x_of: Mapping[str, str], m
         kind = onnx.helper.np_dtype_to_tensor_dtype(tensor.default.dtype)
         graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, kind, list(tensor.dims)))
         graph.initializer.append(onnx.numpy_helper.from_array(tensor.default, tensor.name))
+    for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del item.metadata_props[:]  # the exporter notes where in the code each comes from, with this machine's paths
 
 
 def _side_path(node: _Builder, slot: Slot, x: str) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,12 @@ from xpatch.errors import FormatError, MismatchError
 from xpatch.exporters.adapter import read_adapter
 from xpatch.exporters.feed import Array
 from xpatch.exporters.session import Session
+from xpatch.exporters.side import side_paths
 from xpatch.exporters.trace import evaluating
-from xpatch.models.anatomy import ffn_site
-from xpatch.models.surgery import Surgery
-from xpatch.ops import reference
 from xpatch.patches import identity
 from xpatch.patches.requests import EditRequest
 from xpatch.patches.store import load
-from xpatch.patches.types import LanguageMask, LowRankDelta, Part, PatchNeurons, PatchSet
+from xpatch.patches.types import LowRankDelta, Part, PatchNeurons, PatchSet
 from xpatch.runtime.routing import Rows
 
 TOLERANCE = 1e-4
@@ -105,50 +102,84 @@ def verify(
     tolerance: float = TOLERANCE,
     providers: Sequence[str] | None = None,
     allow: Iterable[str] = (),
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Parity:
     """Compare PyTorch and ONNX Runtime on texts (or pairs of texts) of each language, with the patches and without.
 
     model: the unpatched model that was exported, in fp32; left as it was. The PyTorch side computes the patches with the reference
     maths of `xpatch.ops.reference`, independently of the graph. Language models are compared at every token of the texts,
     encoder-decoders at the tokens that the patched model says of them. patches: a set, a patch folder or an `.onnx_adapter`.
-    allow: identity checks to leave out, as in `xpatch.apply`. A difference is reported, not raised.
+    allow: identity checks to leave out, as in `xpatch.apply`. progress: called with the language, its texts done and all of them.
+    A difference is reported, not raised; of a base in int8 (`quantize_base`) one is to be expected.
     Raises `MismatchError` or `FormatError` where the three do not belong together or no texts are given.
     """
-    if not texts or not all(texts.values()):
-        raise MismatchError("verify expects a mapping from each language to its texts; found no texts")
     if not isinstance(patches, PatchSet):
         source = Path(patches)
         patches = load(source) if source.is_dir() else read_adapter(source)
+    found = verify_sets(
+        model, tokenizer, base_folder, {"patches": patches}, texts, batch_size=batch_size, max_length=max_length, tolerance=tolerance,
+        providers=providers, allow=allow, progress=progress,
+    )  # fmt: skip
+    return found["patches"]
+
+
+def verify_sets(
+    model: nn.Module,
+    tokenizer: Any,
+    base_folder: str | Path,
+    sets: Mapping[str, PatchSet],
+    texts: Mapping[str, Sequence[Text]],
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    tolerance: float = TOLERANCE,
+    providers: Sequence[str] | None = None,
+    allow: Iterable[str] = (),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Parity]:
+    """`verify` for several sets by name, one at a time; the unpatched model is asked once for all of them, where they share their inputs."""
+    if not texts or not all(texts.values()):
+        raise MismatchError("verify expects a mapping from each language to its texts; found no texts")
     allow = (allow,) if isinstance(allow, str) else tuple(allow)
-    session = Session(base_folder, {"patches": patches}, providers=providers, allow=allow)
+    session = Session(base_folder, sets, providers=providers, threads=torch.get_num_threads(), allow=allow)
     difference = identity.first_difference(session.base.identity, identity.identify(model, tokenizer), allow=allow)
     if difference is not None:
         raise MismatchError(f"the base in {base_folder} was not exported from this model: {difference}")
     device = next(model.parameters()).device
     limit = min(length for length in (max_length, session.base.max_tokens, 512) if length is not None)
-    found = []
-    for language, own in texts.items():
-        parity = LanguageParity(language)
+    speaks = session.base.kind == "encoder-decoder"
+    found: dict[str, list[LanguageParity]] = {name: [] for name in sets}
+    for language, texts_there in texts.items():
+        own = sorted(texts_there, key=_length)  # little padding
+        parity = {name: LanguageParity(language) for name in sets}
         for start in range(0, len(own), batch_size):
-            inputs = _encode(tokenizer, own[start : start + batch_size], limit, session.base.inputs)
-            inputs = {name: value.to(device) for name, value in inputs.items()}
-            with _patched(model, patches, language):
-                if session.base.kind == "encoder-decoder":
-                    inputs["decoder_input_ids"] = _said(model, inputs)
-                torch_patched = _logits(model, inputs)
-            arrays = {name: value.cpu().numpy() for name, value in inputs.items()}
-            logits = {
-                "torch": _logits(model, inputs),
-                "torch patched": torch_patched,
-                "ort": session.run(arrays, xpatch=Rows(patches="__base__"))["logits"],
-                "ort patched": session.run(arrays, xpatch=Rows(languages=language))["logits"],
-            }
-            if session.base.kind != "encoder-decoder" and logits["ort"].ndim == 3:  # of padding nothing is asked
-                real = arrays["attention_mask"].astype(bool)
-                logits = {name: value[real] for name, value in logits.items()}
-            parity = parity.joined(_compare(language, logits, len(inputs["input_ids"])))
-        found.append(parity)
-    return Parity(tuple(found), tolerance)
+            encoded = _encode(tokenizer, own[start : start + batch_size], limit, session.base.inputs)
+            inputs = {name: value.to(device) for name, value in encoded.items()}
+            base: dict[str, Array] = {}
+            for name, patches in sets.items():
+                with side_paths(model, patches, language):
+                    if speaks:
+                        inputs["decoder_input_ids"] = _said(model, {key: inputs[key] for key in encoded})
+                    logits = {"torch patched": _logits(model, inputs)}
+                arrays = {key: value.cpu().numpy() for key, value in inputs.items()}
+                if speaks or not base:
+                    base = {
+                        "torch": _logits(model, inputs),
+                        "ort": session.run(arrays, xpatch=Rows(patches="__base__"))["logits"],
+                    }
+                logits |= {
+                    **base,
+                    "ort patched": session.run(arrays, xpatch=Rows(patches=name, languages=language))["logits"],
+                }
+                if not speaks and logits["ort"].ndim == 3:  # of padding nothing is asked
+                    real = arrays["attention_mask"].astype(bool)
+                    logits = {key: value[real] for key, value in logits.items()}
+                parity[name] = parity[name].joined(_compare(language, logits, len(inputs["input_ids"])))
+            if progress is not None:
+                progress(language, min(start + batch_size, len(own)), len(own))
+        for name, one in parity.items():
+            found[name].append(one)
+    return {name: Parity(tuple(languages), tolerance) for name, languages in found.items()}
 
 
 def _larger(one: float, other: float) -> float:
@@ -178,6 +209,10 @@ def first_rows(patches: PatchSet) -> PatchSet:
     return PatchSet(parts=parts, masks=patches.masks, gates=patches.gates, base=patches.base)
 
 
+def _length(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(map(len, text))
+
+
 def _encode(tokenizer: Any, texts: Sequence[Text], limit: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
     pairs = [text for text in texts if not isinstance(text, str)]
     if pairs and len(pairs) < len(texts):
@@ -191,37 +226,6 @@ def _logits(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Array:
     with evaluating(model), torch.no_grad():
         logits: Array = model(**inputs)["logits"].float().cpu().numpy()
     return logits
-
-
-@contextlib.contextmanager
-def _patched(model: nn.Module, patches: PatchSet, language: str) -> Iterator[None]:
-    """`model` with the side path of every part, all rows being of one language."""
-    seen: dict[str, torch.Tensor] = {}
-    with Surgery() as surgery:
-        for name, part in patches.parts.items():
-            site = ffn_site(model, part.site) if isinstance(part, PatchNeurons) else None
-            reads, adds = (site.up, site.down) if site else (part.site, part.site)
-            mask = patches.masks[part.mask] if part.mask else None
-            surgery.before(model.get_submodule(reads), lambda module, args, name=name: seen.__setitem__(name, args[0]))
-            surgery.after(
-                model.get_submodule(adds),
-                lambda module, args, y, name=name, part=part, mask=mask: y + _delta(part, mask, seen[name], language),
-            )
-        yield
-
-
-def _delta(part: Part, mask: LanguageMask | None, x: torch.Tensor, language: str) -> torch.Tensor:
-    tensors = {name: tensor.to(x.device) for name, tensor in part.tensors.items()}
-    row = mask.languages.index(language) if mask is not None and language in mask.languages else None
-    if mask is not None and row is not None:
-        x = x * mask.inner[row].to(x.device)
-    if isinstance(part, PatchNeurons):
-        delta = reference.patch_ffn(x, tensors["keys"], tensors["bias"], tensors["values"], part.activation)
-    elif isinstance(part, LowRankDelta):
-        delta = reference.lowrank(x, tensors["down"], tensors["up"])
-    else:  # an exported base has no slot for it, and the session has refused the set already
-        raise MismatchError(f"a dense delta at {part.site!r} cannot be served from an exported base")
-    return delta if mask is None or row is None else delta * mask.outer[row].to(x.device)
 
 
 def _said(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from xpatch.errors import MismatchError
 from xpatch.exporters._bare import check_bare
 from xpatch.exporters._written import written_together
+from xpatch.exporters.checkpoints.compare import check_written
 from xpatch.exporters.checkpoints.deltas import changes
 from xpatch.exporters.checkpoints.held import held
 from xpatch.exporters.checkpoints.note import NOTE_FILE, write_note
@@ -28,7 +29,7 @@ _SETTINGS = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "d_ff", "f
 
 
 def export_widened(
-    model: Any, patches: PatchSet, out: str | Path, *, tokenizer: Any = None, multiple: int = 64
+    model: Any, patches: PatchSet, out: str | Path, *, tokenizer: Any = None, multiple: int = 64, check: bool = True
 ) -> Path:
     """Write `model` with the neurons of `patches` as further inner units of its FFNs to the folder `out`, and return it.
 
@@ -36,10 +37,11 @@ def export_widened(
     DistilBERT, GPT-2, OPT and the like; it is left as it was. patches: neurons of the FFN's own activation, and deltas (folded in), without
     masks and gates. The result is a plain checkpoint with a larger FFN width F in its `config.json`: Transformers, vLLM and SGLang load it
     without xpatch. Layers without neurons are filled up with zeros, and all up to a `multiple` of units.
+    check: as in `export_merged`: the written folder is loaded again, a second model in memory, and compared with the patched one.
 
     The folder appears as a whole or not at all; an earlier export there is replaced. Raises `MismatchError` (a set for another base, gated
     FFNs, other activations, no bias, a class whose configuration cannot name F), `ConflictError` (masks, gates, patches applied to the
-    model), `XpatchError` (a folder that holds other things).
+    model), `BackendError` (what was written does not compute what the patched model does), `XpatchError` (a folder that holds other things).
     """
     check_bare(model)
     check_fit(patches, model, tokenizer)
@@ -67,6 +69,8 @@ def export_widened(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
         write_note(folder, "widened", patches)
+        if check:
+            check_written(model, patches, folder)
     return Path(out)
 
 

@@ -19,6 +19,8 @@ COMMANDS = [
     ("evaluate",),
     ("export", "base"),
     ("export", "adapter"),
+    ("export", "quantized"),
+    ("import",),
     ("export", "widened"),
     ("export", "merged"),
     ("export", "peft"),

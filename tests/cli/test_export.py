@@ -87,3 +87,93 @@ def test_what_cannot_be_held_is_refused(
     assert result.code != 0 and "low-rank deltas" in result.err
     result = run("export", "widened", tmp_path / "nowhere", tmp_path / "fixes", "--out", tmp_path / "out")
     assert result.code != 0 and "nowhere" in result.err
+
+
+@pytest.fixture(scope="module")
+def base(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's exported base, made by the command line."""
+    pytest.importorskip("onnxruntime")
+    from xpatch.cli import main
+
+    folder = tmp_path_factory.mktemp("base") / "onnx"
+    assert main(["export", "base", str(model_folder), "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_quantised_base_serves_the_adapter_of_the_base_it_is_made_from(
+    run: Callable[..., Any], base: Path, model: Model, tmp_path: Path
+) -> None:
+    from xpatch.exporters import Session
+
+    saved(model, neurons(model, "relu"), tmp_path / "fixes")
+    adapter, int8 = tmp_path / "fixes.onnx_adapter", tmp_path / "int8"
+    assert run("export", "adapter", tmp_path / "fixes", "--base", base, "--out", adapter).code == 0
+    result = run("export", "quantized", base, "--out", int8, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out) == {"out": str(int8), "bytes": sum(path.stat().st_size for path in int8.iterdir())}
+    assert {path.name for path in int8.iterdir()} == {path.name for path in base.iterdir()}
+    session, tokens = Session(int8, adapter), {"input_ids": torch.arange(48).view(8, 6) % 20}
+    found, plain = (session.run(tokens, xpatch=xpatch.Rows(patches=one))["logits"] for one in ("fixes", "__base__"))
+    assert abs(found - plain).max() > 0.01
+    again = run("export", "quantized", int8, "--out", tmp_path / "twice")
+    assert again.code == 2 and "quantised already" in again.err and not (tmp_path / "twice").exists()
+    nowhere = run("export", "quantized", tmp_path / "nowhere", "--out", tmp_path / "twice")
+    assert nowhere.code == 2 and "is not an exported base" in nowhere.err
+
+
+def test_an_adapter_becomes_a_patch_folder_again(
+    run: Callable[..., Any], base: Path, model: Model, tmp_path: Path
+) -> None:
+    saved(model, neurons(model, "relu"), tmp_path / "fixes")
+    adapter, back = tmp_path / "fixes.onnx_adapter", tmp_path / "back"
+    assert run("export", "adapter", tmp_path / "fixes", "--base", base, "--out", adapter).code == 0
+    result = run("import", adapter, "--out", back, "--json")
+    assert result.code == 0, result.err
+    fixes, again = xpatch.load(tmp_path / "fixes"), xpatch.load(back)
+    assert json.loads(result.out)["fingerprint"] == again.fingerprint == fixes.fingerprint
+    assert again.base == fixes.base and torch.equal(again.parts["a"].keys, fixes.parts["a"].keys)
+    twice = run("import", adapter, "--out", back)
+    assert twice.code == 2 and "--overwrite" in twice.err
+    assert run("import", adapter, "--out", back, "--overwrite").code == 0
+    adapter.write_bytes(adapter.read_bytes()[:100])
+    broken = run("import", adapter, "--out", tmp_path / "other")
+    assert broken.code == 2 and "damaged" in broken.err and not (tmp_path / "other").exists()
+
+
+def test_verify_asks_the_bundled_cases(
+    run: Callable[..., Any],
+    base: Path,
+    model: Model,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from xpatch.zoo.verifier import data
+
+    saved(model, neurons(model, "relu"), tmp_path / "fixes")
+    few = data.one_claim_per_subject("edit")[:3]
+    monkeypatch.setattr(data, "one_claim_per_subject", lambda split: few)
+    monkeypatch.chdir(tmp_path)
+    words = ("export", "verify", base, model_folder, "fixes", "--cases", "bundled", "--batch-size", 5)
+    result = run(*words, "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert set(found["all"]["languages"]) == set(data.LANGUAGES)
+    texts = {language: {text for claim in few for text in claim.texts[language]} for language in data.LANGUAGES}
+    assert {k: one["texts"] for k, one in found["all"]["languages"].items()} == {k: len(v) for k, v in texts.items()}
+    (tmp_path / "bundled").write_text('{"id": "1", "text": "Paris is .", "target": "SUPPORTS"}\n', encoding="utf-8")
+    own = json.loads(run(*words, "--json").out)  # a file of that name wins
+    assert {k: one["texts"] for k, one in own["all"]["languages"].items()} == {"en": 1}
+
+
+def test_a_checkpoint_is_written_unchecked_when_asked(
+    run: Callable[..., Any], model: Model, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xpatch.exporters.checkpoints.files import WeightFiles
+
+    saved(model, delta(model), tmp_path / "fixes")
+    monkeypatch.setattr(WeightFiles, "change", lambda self, name, how: None)
+    words = ("export", "merged", model_folder, tmp_path / "fixes", "--out", tmp_path / "out")
+    refused = run(*words)
+    assert refused.code == 2 and "does not compute" in refused.err and not (tmp_path / "out").exists()
+    assert run(*words, "--no-check").code == 0 and (tmp_path / "out" / "config.json").is_file()

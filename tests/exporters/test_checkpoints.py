@@ -194,3 +194,113 @@ def test_a_folder_of_something_else_stays(tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
     for _ in range(2):  # an export of our own is replaced
         export_peft(patches, tmp_path / "adapter")
+
+
+def spoil_widened(monkeypatch):
+    from xpatch.exporters.checkpoints import widened
+
+    whole = widened._weights
+
+    def last_neuron_lost(model, parts, sites, wider, width):
+        weights = whole(model, parts, sites, wider, width)
+        last = final_ffn(model).inner + sum(part.count for part in wider[sites[-1].name]) - 1
+        weights[f"{sites[-1].up}.bias"][last] = -1e4
+        return weights
+
+    monkeypatch.setattr(widened, "_weights", last_neuron_lost)
+
+
+def spoil_merged(monkeypatch):
+    from xpatch.exporters.checkpoints.files import WeightFiles
+
+    change = WeightFiles.change
+    monkeypatch.setattr(WeightFiles, "change", lambda self, name, how: change(self, name, lambda w: w - (how(w) - w)))
+
+
+@pytest.mark.parametrize(
+    ("export", "make_part", "spoil"),
+    [(export_widened, neurons, spoil_widened), (export_merged, delta, spoil_merged)],
+    ids=["widened", "merged"],
+)
+def test_a_checkpoint_that_answers_otherwise_is_not_put_in_place(export, make_part, spoil, tmp_path, monkeypatch):
+    model = make("bert")
+    patches = patch_set(model, a=make_part(model))
+    before, out = logits(model), tmp_path / "out"
+    export(model, patches, out)
+    good = {path.name: path.read_bytes() for path in out.iterdir()}
+    spoil(monkeypatch)
+    with pytest.raises(
+        xpatch.BackendError, match="does not compute what the patched Bert.*logits differ by .*nothing was put in place"
+    ):
+        export(model, patches, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == good
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert torch.equal(logits(model), before) and not any(
+        m._forward_hooks or m._forward_pre_hooks for m in model.modules()
+    )
+    export(model, patches, out, check=False)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} != good
+
+
+def test_neurons_that_are_silent_on_every_text_are_compared_too(tmp_path, monkeypatch):
+    """Trained neurons fire on their edit's texts alone: random tokens would see nothing of a lost one."""
+    model = make("opt")  # its FFN has a ReLU
+    quiet = neurons(model, 3)
+    quiet = xpatch.PatchNeurons(
+        site=quiet.site, keys=quiet.keys, bias=quiet.bias - 100, values=quiet.values, activation="relu"
+    )
+    patches = patch_set(model, a=quiet)
+    torch.testing.assert_close(patched(model, patches), logits(model), rtol=0, atol=0)
+    export_widened(model, patches, tmp_path / "out")
+    spoil_widened(monkeypatch)
+    with pytest.raises(xpatch.BackendError, match="logits differ"):
+        export_widened(model, patches, tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "vision"])
+def test_models_with_a_decoder_are_compared_and_those_without_tokens_say_how_to_go_on(kind, tmp_path, monkeypatch):
+    t = transformers
+    torch.manual_seed(0)
+    if kind == "t5":
+        model = t.T5ForConditionalGeneration(
+            t.T5Config(vocab_size=60, d_model=32, d_ff=48, d_kv=8, num_layers=1, num_heads=4)
+        )
+    elif kind == "bart":
+        model = t.BartForSequenceClassification(
+            t.BartConfig(
+                vocab_size=60,
+                d_model=32,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                max_position_embeddings=40,
+            )
+        )
+    else:
+        model = t.ViTForImageClassification(
+            t.ViTConfig(
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                intermediate_size=48,
+                image_size=16,
+                patch_size=8,
+            )
+        )
+    model.eval()
+    if kind == "vision":
+        patches = patch_set(model, a=neurons(model))
+        with pytest.raises(xpatch.BackendError, match=r"takes pixel_values, not input_ids.*check=False"):
+            export_widened(model, patches, tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+        export_widened(model, patches, tmp_path / "out", check=False)
+        return
+    patches = patch_set(model, a=delta(model))
+    export_merged(model, patches, tmp_path / "out")
+    spoil_merged(monkeypatch)
+    with pytest.raises(xpatch.BackendError, match="does not compute"):
+        export_merged(model, patches, tmp_path / "other")

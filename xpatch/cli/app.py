@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from xpatch.cli import bench, demo, diff, doctor, edit, evaluate, export, inspect, sign, store, train_editor
+from xpatch.cli import bench, demo, diff, doctor, edit, evaluate, export, import_, inspect, sign, store, train_editor
 from xpatch.cli.console import stderr
 from xpatch.errors import XpatchError
 
@@ -44,7 +44,7 @@ def options(
     """Hot-patch the knowledge of multilingual transformer models: one edit, every language, no redeploy."""
 
 
-for module in (demo, edit, train_editor, inspect, evaluate, diff, export, store, sign, bench, doctor):
+for module in (demo, edit, train_editor, inspect, evaluate, diff, export, import_, store, sign, bench, doctor):
     module.register(app)
 
 

@@ -1,4 +1,4 @@
-"""`xpatch export base | adapter | verify | widened | merged | peft`: patches in the formats that servers read."""
+"""`xpatch export base | quantized | adapter | verify | widened | merged | peft`: patches in the formats that servers read."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from xpatch.cli.cases import read_cases
 from xpatch.cli.console import print_json, stdout
 from xpatch.cli.inputs import check_out_file, check_writable, quiet_transformers
 from xpatch.errors import XpatchError
 
+CHECK = "Load what was written and compare it with the patched model before it is put in place; takes a second model's memory."
 commands = typer.Typer(
     help="Write ONNX files, plain checkpoints and PEFT adapters.", no_args_is_help=True, rich_markup_mode="rich"
 )
@@ -63,6 +65,23 @@ def base(
 
 
 @commands.command()
+def quantized(
+    base: Annotated[Path, typer.Argument(help="Folder that `xpatch export base` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: the same base in int8.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write an exported base in int8, about a quarter of the bytes; its patches stay in fp32 and are those of the base it is made from.
+
+    Example: xpatch export quantized onnx --out onnx-int8
+    """
+    from xpatch import exporters
+
+    check_writable(out)
+    folder = exporters.quantize_base(base, out)
+    _show(folder, folder, as_json)
+
+
+@commands.command()
 def adapter(
     patches: Annotated[str, typer.Argument(help="Patch folder (or hf:// or another fsspec URL).")],
     base: Annotated[Path, typer.Option(help="Folder that `xpatch export base` wrote for the same model.")],
@@ -90,6 +109,7 @@ def widened(
     patches: Annotated[str, typer.Argument(help="Patch folder (or hf:// or another fsspec URL).")],
     out: Annotated[Path, typer.Option(help="Folder to write: config.json, weights, tokenizer.")],
     multiple: Annotated[int, typer.Option(min=1, help="Fill the FFN width up to a multiple of this.")] = 64,
+    check: Annotated[bool, typer.Option("--check/--no-check", help=CHECK)] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write a plain checkpoint whose FFNs hold the patch neurons: Transformers, vLLM and SGLang load it without xpatch.
@@ -102,7 +122,7 @@ def widened(
 
     loaded, tokenizer, patch_set = _inputs(model, patches, out)
     with quiet_transformers():
-        folder = exporters.export_widened(loaded, patch_set, out, tokenizer=tokenizer, multiple=multiple)
+        folder = exporters.export_widened(loaded, patch_set, out, tokenizer=tokenizer, multiple=multiple, check=check)
     _show(folder, folder, as_json)
 
 
@@ -111,6 +131,7 @@ def merged(
     model: Annotated[str, typer.Argument(help="Folder of the Hugging Face model, or 'verifier'.")],
     patches: Annotated[str, typer.Argument(help="Patch folder (or hf:// or another fsspec URL).")],
     out: Annotated[Path, typer.Option(help="Folder to write: config.json, weights, tokenizer.")],
+    check: Annotated[bool, typer.Option("--check/--no-check", help=CHECK)] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write a plain checkpoint with the deltas of a patch folder added to its weights.
@@ -121,7 +142,7 @@ def merged(
 
     loaded, tokenizer, patch_set = _inputs(model, patches, out)
     with quiet_transformers():
-        folder = exporters.export_merged(loaded, patch_set, out, tokenizer=tokenizer)
+        folder = exporters.export_merged(loaded, patch_set, out, tokenizer=tokenizer, check=check)
     _show(folder, folder, as_json)
 
 
@@ -150,9 +171,13 @@ def verify(
     model: Annotated[str, typer.Argument(help="Folder of the model it was exported from, or 'verifier'.")],
     patches: Annotated[str, typer.Argument(help="Patch folder (or hf:// or another fsspec URL).")],
     cases: Annotated[
-        Path | None,
-        typer.Option(help="JSONL of edit requests whose texts are asked; by default the set's own requests."),
+        str | None,
+        typer.Option(
+            help="JSONL of edit requests whose texts are asked, or 'bundled': the bundled verifier's edit set in every wording; by default "
+            "the set's own requests."
+        ),
     ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 32,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Largest difference of a logit that is let pass.")] = 1e-4,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -161,25 +186,25 @@ def verify(
     Exit code 0: every difference is below the tolerance and no prediction differs; 1: something differs; 2: bad input.
 
     Example: xpatch export verify onnx my-model fixes
+
+    Example: xpatch export verify onnx verifier fixes --cases bundled
     """
     import xpatch
     from xpatch import exporters
     from xpatch.cli.any_model import load_editable
-    from xpatch.patches.requests import read_requests
+    from xpatch.editors.progress import reporting
 
     patch_set = xpatch.load(patches)
-    asked = (
-        read_requests(cases) if cases else [record.request for record in patch_set.edits if record.request is not None]
-    )
+    asked = read_cases(cases) if cases else [record.request for record in patch_set.edits if record.request is not None]
     texts = exporters.texts_of(asked)
     if not texts:
         raise XpatchError(f"{patches}: its ledger holds no texts to ask; name some with --cases FILE")
     loaded, tokenizer = load_editable(model)
     runs = {"one": exporters.first_rows(patch_set), "all": patch_set}
-    found = {
-        name: exporters.verify(loaded, tokenizer, base, chosen, texts, tolerance=tolerance)
-        for name, chosen in runs.items()
-    }
+    with reporting(None) as report:
+        found = exporters.verify_sets(
+            loaded, tokenizer, base, runs, texts, tolerance=tolerance, batch_size=batch_size, progress=report
+        )
     good = all(parity.ok for parity in found.values())
     if as_json:
         print_json({"ok": good, **{name: parity.to_dict() for name, parity in found.items()}})
