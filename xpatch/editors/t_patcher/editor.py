@@ -8,7 +8,6 @@ others' contribution in their base output.
 from __future__ import annotations
 
 import collections
-import time
 from collections.abc import Mapping
 
 import torch
@@ -79,7 +78,7 @@ class _Run(EditRows):
                 self.spared += [edit for edit in candidates if right[edit]]
             self.take(chunk, decided)
             decided = len(self.spared) + len(self.accepted)
-            self.task.report("training", decided, len(self.plans))
+            self.task.report(self.task.journal.stage, decided, len(self.plans))
         for _ in range(self.config.rounds):  # requests that were right until a patch of another disturbed them
             right = self.right(self.spared)
             broken = [edit for edit in self.spared if not right[edit]]
@@ -144,7 +143,22 @@ class _Run(EditRows):
         self, edits: list[int], neurons: int, turn: int, decided: int, coordinates: Coordinates | None = None
     ) -> None:
         """Train `edits`, with `neurons` each, side by side against the current neurons and install the result."""
-        begun = time.perf_counter()
+        ids = [self.plans[edit].edit.request.id for edit in edits]
+        key = {"edits": ids, "neurons": neurons, "turn": turn, "scaled": coordinates is not None}
+
+        def make() -> dict[str, torch.Tensor]:
+            return self.trained(edits, neurons, turn, decided, coordinates)
+
+        made, seconds = self.task.journal.once(key, make)
+        keys, bias, values = (made[name].to(self.device) for name in ("keys", "bias", "values"))
+        self.neurons.add(torch.tensor(edits, device=self.device), keys, bias, values)
+        for edit in edits:
+            self.seconds[edit] += seconds / len(edits)
+
+    def trained(
+        self, edits: list[int], neurons: int, turn: int, decided: int, coordinates: Coordinates | None
+    ) -> dict[str, torch.Tensor]:
+        """keys `[E, P, D]`, bias `[E, P]`, values `[E, P, D]` of `edits`, for plain rows."""
         problem = self.problem(edits, neurons, turn, coordinates)
         generator = self.task.generator("memory", *(self.plans[edit].edit.request.id for edit in edits), str(turn))
 
@@ -160,9 +174,7 @@ class _Run(EditRows):
         used = coordinates or self.coordinates
         if used is not None:
             keys, bias = used.fold(keys, bias)
-        self.neurons.add(torch.tensor(edits, device=self.device), keys, bias, values)
-        for edit in edits:
-            self.seconds[edit] += (time.perf_counter() - begun) / len(edits)
+        return {"keys": keys, "bias": bias, "values": values}
 
     def right(self, edits: list[int]) -> dict[int, bool]:
         """Which edits are right in all their required rows, with all neurons there are."""
@@ -270,6 +282,7 @@ register(
             edits=EDITS + "the edit's own language",
             separable=True,
             models=MODELS,
+            resumes=True,
         ),
         PRESETS,
         own_language,
