@@ -17,7 +17,6 @@ from xpatch.cli.inputs import (
     check_out_file,
     check_out_folder,
     check_writable,
-    load_classifier,
     settings_of,
     split_languages,
 )
@@ -123,14 +122,14 @@ def edit(
         if checkpoint.resolve() == out.resolve():
             raise XpatchError(f"--checkpoint {checkpoint} is --out too; give it a folder of its own")
     trained: dict[str, Any] = {**settings_of(settings or ()), **({} if editor is None else {"editor": editor})}
-    old = load_classifier(old_model) if old_model is not None else None
-    classifier, tokenizer = load_editable(model) if earlier is None else load_classifier(model)
+    old = load_editable(old_model) if old_model is not None else None
+    editable, tokenizer = load_editable(model)
     if earlier is None:
         method, preset = method or "mpn", preset or "default"
         say(f"{len(wanted)} requests, method {method} ({preset}), model {model}")
         with _to_go_on(checkpoint):
             patches = xpatch.edit(
-                classifier,
+                editable,
                 tokenizer,
                 wanted,
                 method=method,
@@ -151,7 +150,7 @@ def edit(
     with _to_go_on(checkpoint):
         again = xpatch.retrain(
             earlier,
-            classifier,
+            editable,
             tokenizer,
             method=method,
             preset=preset,

@@ -108,7 +108,7 @@ def edit(
     """Train `requests` into a `PatchSet` for `model`; the model is left bit-identical.
 
     model, tokenizer: a Hugging Face model in fp32 and its tokenizer: a sequence classifier, or a language model (encoder-decoder,
-    decoder or masked), whose targets are texts (see `prompts` for how they are read). requests: `EditRequest` objects, dicts, or the
+    decoder or masked), whose targets are texts (see `models.lm_prompts` for how they are read). requests: `EditRequest` objects, dicts, or the
     path of a JSONL file. method, preset: see `methods()`; `overrides` replace single settings of the preset.
     memory: texts whose answers must not change, as language -> texts or probes, or the path of a JSONL file of {"language", "text"}
     and, for pairs, "text_pair"; by default the bundled claims. The requests' own locality probes always belong to it. For a language

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from xpatch.editors.cache import FeatureCache
-from xpatch.editors.decoding import Greedy
 from xpatch.editors.progress import Report
-from xpatch.editors.prompts import Forced, Prompts
 from xpatch.editors.task import Wording
 from xpatch.errors import MismatchError
+from xpatch.models.lm_decoding import Greedy
 from xpatch.models.lm_heads import LMHead, capture_tokens
+from xpatch.models.lm_prompts import Forced, Prompts
 from xpatch.patches.requests import Probe
 
 ANSWER = 16  #: tokens of a model's own answer that stand for what it does with a text

@@ -40,7 +40,7 @@ def predict_indices(
     if languages is not None and len(languages) != len(probes):
         raise ValueError(f"expected one language a probe, found {len(languages)} for {len(probes)} probes")
     found = np.zeros(len(probes), dtype=np.int64)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for rows, inputs in batches(model, tokenizer, probes, batch_size=batch_size):
             with spoken(None if languages is None else [languages[row] for row in rows]):
                 logits = getattr(model(**inputs), "logits", None)
@@ -126,7 +126,7 @@ def spoken(languages: Sequence[str] | None) -> contextlib.AbstractContextManager
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Eval mode for every module, each module's own mode put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

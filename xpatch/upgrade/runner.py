@@ -124,13 +124,14 @@ def _train(
 def _sparing(batch: Batch, todo: Plan) -> list[EditRequest]:
     """The batch's requests, with the texts of the other batches as locality probes: as edits of one call leave each other alone.
 
-    Every request carries them, so a large batch gets a random share of them.
+    Every request carries them, so a large batch gets a random share of them. Each with its target: a language model's probe without one
+    stands for what the model says now.
     """
     others = [
-        probe
+        probe if probe.target is not None else probe.model_copy(update={"target": request.target_of(language)})
         for other in todo.batches
         for request in (other.requests if other is not batch else ())
-        for version in request.versions.values()
+        for language, version in request.versions.items()
         for probe in (version.probe, *version.rephrases)
     ]
     share = SPARED_PROBES // len(batch.requests)
