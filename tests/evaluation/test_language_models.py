@@ -80,7 +80,11 @@ def test_without_patches_and_with_a_baseline(edited: Any) -> None:
             for code, answers in by_language.items():
                 assert len(answers.id) == len(answers.before), code
     names = [
-        {(kind_, code): [r.labels[i] for i in a.before] for kind_, by in r.predictions.items() for code, a in by.items()}
+        {
+            (kind_, code): [r.labels[i] for i in a.before]
+            for kind_, by in r.predictions.items()
+            for code, a in by.items()
+        }
         for r in (whole, spared)
     ]
     assert names[0] == names[1]

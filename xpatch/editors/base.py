@@ -118,7 +118,8 @@ def edit(
     progress: None shows a bar on a terminal, True always, False never; a callable hears `(stage, done, total)`.
     checkpoint: a folder where a long call keeps what it has trained, chunk by chunk. A call that was interrupted goes on when made again
     with the same arguments, and gives bit for bit what it would have given; a finished one returns at once. For the methods that
-    train in chunks (`methods()`: `resumes`); the folder may be removed afterwards.
+    train in chunks (`methods()`: `resumes`). It takes as much room as the texts' rows do in memory until the call ends, then that of the
+    patches; it may be removed afterwards.
 
     The edits are trained on the model as it answers now: patches applied to it count as part of it, so the result belongs on top
     of them. Equal arguments and seed give equal tensors; the global random state is not touched. Texts longer than the model
@@ -162,6 +163,7 @@ def edit(
         product = Product({}, ())
         if admitted.edits:
             bench = subject.bench(admitted.edits)
+            bench.cache.journal = journal
             task = Task(
                 model=model,
                 site=subject.site,

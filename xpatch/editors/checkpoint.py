@@ -1,7 +1,7 @@
-"""The folder that a long edit call can go on from: `call.json` (which call it is), `step-NNNNNN.safetensors` (what was trained, one file a
-step), and in the end `result/`, the patch set, which takes the steps' place.
+"""The folder that a long edit call can go on from: `call.json` (which call it is), `step-NNNNNN.safetensors` (what was read and trained, one
+file a step), and in the end `result/`, the patch set, which takes the steps' place.
 
-Every file is written to a temporary name and renamed, and a step is written once: keeping up costs what was trained last.
+Every file is written to a temporary name and renamed, and a step is written once: keeping up costs what came last.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from xpatch.editors.call import Call
 from xpatch.editors.files import read_tensors, write_tensors, write_text
-from xpatch.editors.journal import Journal, Tensors
+from xpatch.editors.journal import Journal, Step, Tensors
 from xpatch.errors import ConflictError, FormatError
 from xpatch.patches.folders import is_url
 from xpatch.patches.limits import Limits
@@ -76,30 +76,28 @@ class Checkpoint(Journal):
         save(patches, self._folder / RESULT)
         self._clear()
 
-    def once(self, key: Mapping[str, Any], make: Callable[[], Tensors]) -> tuple[Tensors, float]:
+    def once(self, key: Mapping[str, Any], make: Callable[[], Tensors]) -> Step:
         """See `Journal.once`. A step that cannot be read, or is another than the one asked for, is made anew, as are those after it."""
         number, self._next = self._next, self._next + 1
         path = self._step(number)
         if number < self._kept:
             try:
-                tensors, facts = read_tensors(path, "it is trained again")
+                tensors, facts = read_tensors(path, "it is made again")
                 if facts.get("key") == key:
-                    self.stage = "resuming"
-                    return tensors, float(facts["seconds"])
-                told = f"{path} was made for other edits: what leads to it came out otherwise here"
+                    return Step(tensors, float(facts["seconds"]), kept=True)
+                told = f"{path} is another than expected: what leads to it came out otherwise here"
             except FormatError as error:
                 told = str(error)
-            warnings.warn(f"checkpoint: {told}; it and the steps after it are trained again", UserWarning, stacklevel=2)
+            warnings.warn(f"checkpoint: {told}; it and the steps after it are made again", UserWarning, stacklevel=2)
             for stale in reversed(range(number, self._kept)):  # from the end, so that no gap is left
                 self._step(stale).unlink(missing_ok=True)
             self._kept = number
-        self.stage = "training"
         begun = time.perf_counter()
         made = make()
         seconds = time.perf_counter() - begun
         write_tensors(path, made, {"key": dict(key), "seconds": seconds})
         self._kept = number + 1
-        return made, seconds
+        return Step(made, seconds)
 
     def _step(self, number: int) -> Path:
         return self._folder / f"step-{number:06}.safetensors"

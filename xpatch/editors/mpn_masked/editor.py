@@ -97,8 +97,8 @@ def _masks(task: Task, cache: MaskedRows, languages: tuple[str, ...], config: Ma
         )  # fmt: skip
         return {"inner": inner}
 
-    made, _ = task.journal.once({"masks": [edit.request.id for edit in chosen]}, make)
-    return made["inner"].to(device)
+    step = task.journal.once({"masks": [edit.request.id for edit in chosen]}, make)
+    return step.tensors["inner"].to(device)
 
 
 def _texts(edit: Edit, config: MaskedConfig) -> tuple[Wording, ...]:

@@ -64,6 +64,7 @@ class _Run(EditRows):
         self.tried: collections.Counter[int] = (
             collections.Counter()
         )  # rounds of repair an edit has had, beside all chunks
+        self.stage = "training"  # "resuming" while chunks come from an interrupted call
         self.forgotten: set[int] = set()  # edits that failed and whose neurons are dropped
         self.unsaid: dict[int, str] = {}  # a language model's edits: what decoding said instead of the target
 
@@ -78,7 +79,7 @@ class _Run(EditRows):
                 self.spared += [edit for edit in candidates if right[edit]]
             self.take(chunk, decided)
             decided = len(self.spared) + len(self.accepted)
-            self.task.report(self.task.journal.stage, decided, len(self.plans))
+            self.task.report(self.stage, decided, len(self.plans))
         for _ in range(self.config.rounds):  # requests that were right until a patch of another disturbed them
             right = self.right(self.spared)
             broken = [edit for edit in self.spared if not right[edit]]
@@ -149,11 +150,12 @@ class _Run(EditRows):
         def make() -> dict[str, torch.Tensor]:
             return self.trained(edits, neurons, turn, decided, coordinates)
 
-        made, seconds = self.task.journal.once(key, make)
-        keys, bias, values = (made[name].to(self.device) for name in ("keys", "bias", "values"))
+        step = self.task.journal.once(key, make)
+        self.stage = "resuming" if step.kept else "training"
+        keys, bias, values = (step.tensors[name].to(self.device) for name in ("keys", "bias", "values"))
         self.neurons.add(torch.tensor(edits, device=self.device), keys, bias, values)
         for edit in edits:
-            self.seconds[edit] += seconds / len(edits)
+            self.seconds[edit] += step.seconds / len(edits)
 
     def trained(
         self, edits: list[int], neurons: int, turn: int, decided: int, coordinates: Coordinates | None
