@@ -121,6 +121,10 @@ class FeatureCache:
         """The model's answer `[M, C]`."""
         return self._filled[3]
 
+    def answers(self, rows: torch.Tensor) -> torch.Tensor:
+        """The model's answer to row numbers `[M]` -> `[M, C]`."""
+        return self.logits[rows]
+
 
 def packed(columns: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """x, residual, base and what follows, by name; the residual is left out where it is x (as in BERT)."""

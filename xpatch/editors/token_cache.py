@@ -133,6 +133,10 @@ class TokenCache(FeatureCache):
         with torch.no_grad():
             return self._head.tail(self.base, self.residual)
 
+    def answers(self, rows: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self._head.tail(self.base[rows], self.residual[rows])
+
     def _row(self, one: Forced, place: int) -> int:
         row = self._tokens.setdefault(one.key(place, self._head.kind), len(self._places))
         if row == len(self._places):

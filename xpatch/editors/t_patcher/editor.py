@@ -13,16 +13,17 @@ from collections.abc import Mapping
 import torch
 
 from xpatch.editors.base import MethodInfo, register
+from xpatch.editors.heard import SAYS, unsaid
+from xpatch.editors.rows import LOGITS
 from xpatch.editors.samplers import Sampler, own_language
 from xpatch.editors.subject import SubjectKind
 from xpatch.editors.t_patcher.config import LM_PRESETS, PRESETS, NeuronConfig
 from xpatch.editors.t_patcher.coordinates import Coordinates
 from xpatch.editors.t_patcher.plans import slots_of
-from xpatch.editors.t_patcher.rows import LOGITS, EditRows
+from xpatch.editors.t_patcher.rows import EditRows
 from xpatch.editors.t_patcher.train import train
 from xpatch.editors.task import Outcome, Product, Task
 from xpatch.errors import MismatchError
-from xpatch.patches.jsonl import shorten
 from xpatch.patches.types import ACTIVATIONS, EditStatus, PatchNeurons
 
 PART = "neurons"
@@ -217,9 +218,9 @@ class _Run(EditRows):
         while True:
             self.standing.refresh()
             status = self.statuses()
-            unsaid = self._unsaid([edit for edit in status if status[edit] in ("edited", "already-right")])
-            self.unsaid.update(unsaid)
-            status.update(dict.fromkeys(unsaid, "failed"))
+            found = self._unsaid([edit for edit in status if status[edit] in ("edited", "already-right")])
+            self.unsaid.update(found)
+            status.update(dict.fromkeys(found, "failed"))
             failed = [edit for edit in self.accepted if status[edit] == "failed" and edit not in self.forgotten]
             if self.config.keep_failed or not failed:
                 return status
@@ -239,20 +240,13 @@ class _Run(EditRows):
 
     def _unsaid(self, edits: list[int]) -> dict[int, str]:
         """Edits of a language model whose target greedy decoding, with all neurons there are, does not say, and what it says."""
-        if self.task.decoding is None:
-            return {}
         asked = [(edit, wording) for edit in edits for wording in self.plans[edit].chosen]
-        said = self.task.decoding.instead([wording for _, wording in asked], self.neurons.output)
-        return {
-            edit: f"right token by token, but greedy decoding says {shorten(repr(instead))} in {wording.language}"
-            for (edit, wording), instead in zip(asked, said, strict=True)
-            if instead is not None
-        }
+        return unsaid(self.task.decoding, asked, self.neurons.output)
 
     def _message(self, edit: int, status: EditStatus) -> str:
         plan = self.plans[edit]
         good = f"right in {', '.join(wording.language for wording in plan.chosen)}"
-        heard = ", greedy decoding says the target" if self.task.decoding is not None else ""
+        heard = SAYS if self.task.decoding is not None else ""
         cut = " (text cut at the model's length limit)" if any(row in self.task.cache.cut for row in plan.rows) else ""
         if status == "edited":
             return good + heard + cut
