@@ -10,6 +10,7 @@ import torch
 import xpatch
 from tests.editors.lm import CITIES, MASKED, NAMES, QUICK, TEXTS, make_requests, memory, model_of, says, tokenizer_of
 from xpatch.errors import MismatchError
+from xpatch.evaluation import Readings, predict
 from xpatch.patches.types import PatchSet
 
 KINDS = ("gpt2", "llama", "bart", "t5", "bert")
@@ -95,6 +96,14 @@ def test_what_cannot_be_said_names_the_case() -> None:
     for target, said in (("Paris", "no tokens for the target 'Paris'"), (" ".join(CITIES * 3), "36 tokens")):
         with pytest.raises(MismatchError, match=f"case 'a', version 'en': .*{said}"):
             xpatch.evaluate(model, tokenizer, [{"id": "a", "text": "name1 was born in", "target": target}])
+
+
+def test_what_is_for_classifiers_alone_says_so() -> None:
+    model, tokenizer = model_of("gpt2"), tokenizer_of("gpt2")
+    with pytest.raises(MismatchError, match="GPT2LMHeadModel is a language model .* xpatch.evaluate"):
+        predict(model, tokenizer, ["name1"])
+    with pytest.raises(MismatchError, match="GPT2LMHeadModel is not a sequence classifier"):
+        Readings(model, tokenizer)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from xpatch.errors import MismatchError
+from xpatch.models.lm_heads import lm_kind
 from xpatch.patches.requests import Probe
 from xpatch.runtime.routing import rows as routed
 
@@ -101,6 +102,11 @@ def max_length(model: Any, tokenizer: Any) -> int:
 
 def label_names(model: Any) -> list[str]:
     """The classifier's labels in the order of its logits. Raises `MismatchError` for a model without labels."""
+    if lm_kind(model) is not None:  # its config has labels all the same
+        raise MismatchError(
+            f"{type(model).__name__} is a language model and answers with no label; expected a sequence classifier. Ask a language model "
+            "with xpatch.evaluate, or its own generate"
+        )
     id2label = getattr(getattr(model, "config", None), "id2label", None)
     if not id2label or not hasattr(model, "num_labels"):
         raise MismatchError(
