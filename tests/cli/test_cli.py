@@ -129,8 +129,16 @@ def test_edit_a_language_model(run: Callable[..., Any], tmp_path: Path) -> None:
     assert result.code == (0 if found["status"] == {"edited": 1} else 1), result.err
     assert found["edits"][0]["id"] == "edit-0" and " in en" in found["edits"][0]["message"]
     assert run("inspect", tmp_path / "out", "--model", tmp_path / "lm").code == 0
-    result = run(*words, "--method", "ft", "--out", tmp_path / "ft")
-    assert result.code == 2 and "methods for it: mpn" in result.err
+    result = run(*words, "--method", "grace", "--out", tmp_path / "grace")
+    assert result.code == 2 and "methods for it: calinet, ft, ft-l, mpn" in result.err
+    asked = ("evaluate", "--model", tmp_path / "lm", "--cases", tmp_path / "fixes.jsonl", "--json")
+    before, after = (json.loads(run(*asked, *more).out)["metrics"] for more in ((), ("--patches", tmp_path / "out")))
+    assert before["reliability"]["value"] == 0 and after["reliability"]["value"] == float(
+        found["status"] == {"edited": 1}
+    )
+    again = ("edit", "--from", tmp_path / "out", "--model", tmp_path / "lm", "--memory", tmp_path / "memory.jsonl")
+    result = run(*again, "--out", tmp_path / "again", "--json")
+    assert json.loads(result.out)["fingerprint"] == found["fingerprint"] or result.code == 1, result.err
 
 
 def test_edit_names_what_it_rejects(

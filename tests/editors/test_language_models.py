@@ -169,9 +169,10 @@ def test_long_texts_are_cut_and_say_so() -> None:
 def test_methods_and_models_that_do_not_go_together() -> None:
     request = [{"id": "a", "text": "name1", "target": "new"}]
     with pytest.raises(
-        MismatchError, match="'ft' edits classifier models, found GPT2LMHeadModel, a causal model; methods for it: mpn"
+        MismatchError,
+        match="'grace' edits classifier models, found GPT2LMHeadModel, a causal model; methods for it: calinet, ft",
     ):
-        xpatch.edit(model_of("gpt2"), tokenizer_of("gpt2"), request, "ft")
+        xpatch.edit(model_of("gpt2"), tokenizer_of("gpt2"), request, "grace")
     with pytest.raises(FormatError, match="no preset 'nothing'"):
         train(model_of("gpt2"), tokenizer_of("gpt2"), request, preset="nothing")
     albert = tiny_albert()

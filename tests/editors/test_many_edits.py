@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.editors.conftest import model_of, tokenizer_of
 from xpatch.editors.cache import FeatureCache
 from xpatch.editors.inputs import labels_of, resolve_edits
+from xpatch.editors.journal import Journal
 from xpatch.editors.samplers import all_parallel
 from xpatch.editors.t_patcher.config import DEFAULT, NeuronConfig
 from xpatch.editors.t_patcher.editor import PART, _Run
@@ -60,7 +61,11 @@ def _generator(text: str) -> torch.Generator:
 
 
 def make(
-    requests: Iterable[EditRequest], config: NeuronConfig, apart: float = 1e-3, seed: int = 0
+    requests: Iterable[EditRequest],
+    config: NeuronConfig,
+    apart: float = 1e-3,
+    seed: int = 0,
+    journal: Journal | None = None,
 ) -> tuple[_Run, Product]:
     model = _model()
     head = head_of(model)
@@ -68,9 +73,8 @@ def make(
     cache = DrawnCache(model, tokenizer_of("bert"), head.site)
     cache.apart = apart
     memory = {"en": [Probe(text=f"memory {number}") for number in range(40)]}
-    run = _Run(
-        Task(model, head.site, head, edits, memory, cache, seed, lambda *event: None), config, "mpn", all_parallel
-    )
+    task = Task(model, head.site, head, edits, memory, cache, seed, lambda *event: None, journal=journal or Journal())
+    run = _Run(task, config, "mpn", all_parallel)
     return run, run.product()
 
 

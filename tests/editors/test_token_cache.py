@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.editors.lm import CAUSAL, MASKED, SEQ2SEQ, make_requests, memory, model_of, tokenizer_of
-from xpatch.editors.decoding import Greedy
 from xpatch.editors.subject import LanguageModel
 from xpatch.editors.t_patcher.neurons import Neurons
 from xpatch.editors.task import Edit, Wording
 from xpatch.editors.token_cache import TokenCache, model_inputs
+from xpatch.models.lm_decoding import Greedy
 from xpatch.models.surgery import Surgery
 from xpatch.patches.requests import Probe
 

@@ -126,7 +126,7 @@ def test_patches_come_off_on_an_error(model, tokenizer, cases, patches, monkeypa
     def broken(*_, **__):
         raise RuntimeError("mid-way")
 
-    monkeypatch.setattr("xpatch.evaluation.runner.predict_indices", broken)
+    monkeypatch.setattr("xpatch.evaluation.subject.predict_indices", broken)
     with pytest.raises(RuntimeError, match="mid-way"):
         evaluate(model, tokenizer, cases, patches)
     monkeypatch.undo()

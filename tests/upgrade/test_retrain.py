@@ -252,3 +252,23 @@ def test_bad_input_is_refused_before_training(old_set, upgraded, verifier, memor
     other.config.id2label, other.config.label2id = {0: "false", 1: "true"}, {"false": 0, "true": 1}
     with pytest.raises(MismatchError, match="no label '(REFUTES|SUPPORTS)'.*its labels are false, true"):
         xpatch.retrain(old_set, other, tokenizer)
+
+
+def test_a_retraining_goes_on_where_it_was_interrupted(again, old_set, upgraded, memory, tmp_path):
+    heard = []
+
+    def report(stage, done, total):
+        heard.append((stage, done, total))
+        if stage == "training" and done == 3:  # the second group's edit
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        xpatch.retrain(old_set, *upgraded, memory=memory, checkpoint=tmp_path, progress=report)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["group-1", "group-2"]
+    assert not xpatch.status(upgraded[0]).sets
+    heard.clear()
+    found = xpatch.retrain(
+        old_set, *upgraded, memory=memory, checkpoint=tmp_path, progress=lambda *step: heard.append(step)
+    )
+    assert found.patches.fingerprint == again.patches.fingerprint
+    assert ("resuming", 2, 3) in heard

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from xpatch.cli.any_model import load_editable
-from xpatch.cli.console import print_json, printable, say, stdout, table
+from xpatch.cli.console import print_json, printable, say, stderr, stdout, table
 from xpatch.cli.inputs import (
     check_method,
     check_out_file,
     check_out_folder,
-    load_classifier,
+    check_writable,
     settings_of,
     split_languages,
 )
@@ -63,6 +65,10 @@ def edit(
         bool,
         typer.Option("--skip-redacted", help="With --from: redacted edits, which cannot be trained, are no failure."),
     ] = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Folder to keep what is trained in: the same command goes on from it after an interruption."),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="With --from: write what holds, edit by edit, to this JSON file.")
     ] = None,
@@ -85,6 +91,8 @@ def edit(
     were redacted (see --skip-redacted); 2: bad input. Expired edits are left out.
 
     Example: xpatch edit --model my-model --requests fixes.jsonl --method mpn --out fixes
+
+    Example, for hours of work: xpatch edit --model my-model --requests many.jsonl --checkpoint half-done --out fixes
 
     Example: xpatch edit --from fixes --model new-model --old-model my-model --out new-fixes
     """
@@ -109,23 +117,29 @@ def edit(
     check_out_folder(out, overwrite=overwrite)
     if report is not None:
         check_out_file(report, "--report")
+    if checkpoint is not None:
+        check_writable(checkpoint, "--checkpoint")
+        if checkpoint.resolve() == out.resolve():
+            raise XpatchError(f"--checkpoint {checkpoint} is --out too; give it a folder of its own")
     trained: dict[str, Any] = {**settings_of(settings or ()), **({} if editor is None else {"editor": editor})}
-    old = load_classifier(old_model) if old_model is not None else None
-    classifier, tokenizer = load_editable(model) if earlier is None else load_classifier(model)
+    old = load_editable(old_model) if old_model is not None else None
+    editable, tokenizer = load_editable(model)
     if earlier is None:
         method, preset = method or "mpn", preset or "default"
         say(f"{len(wanted)} requests, method {method} ({preset}), model {model}")
-        patches = xpatch.edit(
-            classifier,
-            tokenizer,
-            wanted,
-            method=method,
-            preset=preset,
-            memory=memory,
-            seed=seed or 0,
-            languages=chosen,
-            **trained,
-        )
+        with _to_go_on(checkpoint):
+            patches = xpatch.edit(
+                editable,
+                tokenizer,
+                wanted,
+                method=method,
+                preset=preset,
+                memory=memory,
+                seed=seed or 0,
+                languages=chosen,
+                checkpoint=checkpoint,
+                **trained,
+            )
         xpatch.save(patches, out)
         _show(patches, out, as_json)
         statuses = {record.status for record in patches.edits}
@@ -133,18 +147,20 @@ def edit(
             raise typer.Exit(1)
         return
     say(f"{len(earlier)} edits of {from_set}, model {model}")
-    again = xpatch.retrain(
-        earlier,
-        classifier,
-        tokenizer,
-        method=method,
-        preset=preset,
-        seed=seed,
-        memory=memory,
-        languages=chosen,
-        old=old,
-        **trained,
-    )
+    with _to_go_on(checkpoint):
+        again = xpatch.retrain(
+            earlier,
+            editable,
+            tokenizer,
+            method=method,
+            preset=preset,
+            seed=seed,
+            memory=memory,
+            languages=chosen,
+            old=old,
+            checkpoint=checkpoint,
+            **trained,
+        )
     xpatch.save(again.patches, out)
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
@@ -152,6 +168,17 @@ def edit(
     _show_again(again, out, as_json)
     if not again.report.holds or (again.report.having("redacted") and not skip_redacted):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _to_go_on(checkpoint: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint is None:
+            raise
+        stderr().print(f"xpatch: interrupted; the same command goes on from {checkpoint}", markup=False)
+        raise typer.Exit(130) from None
 
 
 def _show(patches: Any, out: Path, as_json: bool) -> None:

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from xpatch.cli.any_model import load_editable
 from xpatch.cli.console import print_json, stdout
-from xpatch.cli.inputs import check_out_file, load_classifier
+from xpatch.cli.inputs import check_out_file
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="Folder of a Hugging Face sequence classifier, or 'verifier'.")],
+    model: Annotated[
+        str, typer.Option(help="Folder of a Hugging Face sequence classifier or language model, or 'verifier'.")
+    ],
     cases: Annotated[
         Path, typer.Option(help="JSONL of edit requests with targets; their rephrases count as unseen paraphrases.")
     ],
@@ -43,9 +46,9 @@ def evaluate(
     if out is not None:
         check_out_file(out)
     patch_set = xpatch.load(patches) if patches is not None else None
-    classifier, tokenizer = load_classifier(model)
+    asked, tokenizer = load_editable(model)
     report = xpatch.evaluate(
-        classifier,
+        asked,
         tokenizer,
         wanted,
         patch_set,

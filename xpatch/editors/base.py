@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from xpatch.editors.admission import Admitted, admit
+from xpatch.editors.call import call_of
+from xpatch.editors.checkpoint import Checkpoint
 from xpatch.editors.guard import check_editable, untouched
 from xpatch.editors.inputs import as_memory, check_languages, without_text
+from xpatch.editors.journal import Journal
 from xpatch.editors.presets import Config, resolve
 from xpatch.editors.progress import Report, reporting
 from xpatch.editors.subject import SubjectKind, subject_of
 from xpatch.editors.task import Outcome, Product, Task
 from xpatch.errors import FormatError, MismatchError
+from xpatch.models.carried import carried
 from xpatch.patches.identity import identify
 from xpatch.patches.requests import EditRequest, as_requests
 from xpatch.patches.types import EditRecord, PatchSet
@@ -38,7 +42,8 @@ _MODULES = (
 @dataclass(frozen=True)
 class MethodInfo:
     """What one method is. `edits`: the models and inputs it can edit; `separable`: whether single edits can be taken out again.
-    parallel: whether a request's other languages are trained on too. models: the kinds of models it edits."""
+    parallel: whether a request's other languages are trained on too. models: the kinds of models it edits. resumes: whether a call
+    that was interrupted can go on (`checkpoint`)."""
 
     name: str
     title: str
@@ -49,6 +54,7 @@ class MethodInfo:
     presets: tuple[str, ...] = ()
     parallel: bool = False
     models: tuple[SubjectKind, ...] = ("classifier",)
+    resumes: bool = False
 
 
 class Editor(Protocol):
@@ -96,12 +102,13 @@ def edit(
     seed: int = 0,
     languages: Sequence[str] | None = None,
     progress: bool | Report | None = None,
+    checkpoint: str | Path | None = None,
     **overrides: Any,
 ) -> PatchSet:
     """Train `requests` into a `PatchSet` for `model`; the model is left bit-identical.
 
     model, tokenizer: a Hugging Face model in fp32 and its tokenizer: a sequence classifier, or a language model (encoder-decoder,
-    decoder or masked), whose targets are texts (see `prompts` for how they are read). requests: `EditRequest` objects, dicts, or the
+    decoder or masked), whose targets are texts (see `models.lm_prompts` for how they are read). requests: `EditRequest` objects, dicts, or the
     path of a JSONL file. method, preset: see `methods()`; `overrides` replace single settings of the preset.
     memory: texts whose answers must not change, as language -> texts or probes, or the path of a JSONL file of {"language", "text"}
     and, for pairs, "text_pair"; by default the bundled claims. The requests' own locality probes always belong to it. For a language
@@ -109,6 +116,10 @@ def edit(
     the model's own greedy answer; the bundled claims are plain text to it, so give texts of your own kind where you can.
     languages: train on these versions only (a request's own language always takes part); by default on all.
     progress: None shows a bar on a terminal, True always, False never; a callable hears `(stage, done, total)`.
+    checkpoint: a folder where a long call keeps what it has trained, chunk by chunk. A call that was interrupted goes on when made again
+    with the same arguments, and gives bit for bit what it would have given; a finished one returns at once. For the methods that
+    train in chunks (`methods()`: `resumes`). It takes as much room as the texts' rows do in memory until the call ends, then that of the
+    patches; it may be removed afterwards.
 
     The edits are trained on the model as it answers now: patches applied to it count as part of it, so the result belongs on top
     of them. Equal arguments and seed give equal tensors; the global random state is not touched. Texts longer than the model
@@ -122,7 +133,7 @@ def edit(
     another id. Where every request is rejected the set has no parts.
 
     Raises `FormatError` (a file or line that is no request, memory, an unknown method, preset or setting), `MismatchError` (a
-    language no request has, a model that cannot be edited).
+    language no request has, a model that cannot be edited), `ConflictError` (a checkpoint of another call: it says what differs).
     """
     editor = _registry().get(method)
     if editor is None:
@@ -136,10 +147,23 @@ def edit(
     check_languages(parsed, languages)
     admitted = admit(parsed, lambda request: subject.resolve(request, languages), subject.index)
     kept = as_memory(memory, admitted.edits)
+    settings = {"preset": preset, **config.model_dump()}
     with reporting(progress) as report, untouched(model):
+        journal = Journal()
+        if checkpoint is not None:
+            _check_resumes(editor.info)
+            base = identify(model, tokenizer, site=subject.site.name)
+            device = next(model.parameters()).device.type
+            call = call_of(method, settings, seed, languages, parsed, kept, base, carried(model), device)
+            journal = Checkpoint(checkpoint, call)
+            finished = journal.result()
+            if finished is not None:
+                report("resuming", len(parsed), len(parsed))
+                return finished
         product = Product({}, ())
         if admitted.edits:
             bench = subject.bench(admitted.edits)
+            bench.cache.journal = journal
             task = Task(
                 model=model,
                 site=subject.site,
@@ -151,13 +175,13 @@ def edit(
                 report=report,
                 decoding=bench.decoding,
                 tokenizer=tokenizer,
+                journal=journal,
             )
             product = editor.edit(task, config)
         sites = [subject.site.name, *(part.site for part in product.parts.values())]
         base = identify(model, tokenizer, site=sites)
     outcomes = _outcomes(parsed, admitted, product, languages if editor.info.parallel else ())
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    settings = {"preset": preset, **config.model_dump()}
     records = tuple(
         EditRecord(
             id=request.id,
@@ -174,7 +198,18 @@ def edit(
         )
         for request, outcome in zip(parsed, outcomes, strict=True)
     )
-    return PatchSet(parts=product.parts, edits=records, masks=product.masks, gates=product.gates, base=base)
+    patches = PatchSet(parts=product.parts, edits=records, masks=product.masks, gates=product.gates, base=base)
+    if isinstance(journal, Checkpoint):
+        journal.finish(patches)
+    return patches
+
+
+def _check_resumes(info: MethodInfo) -> None:
+    if not info.resumes:
+        able = sorted(name for name, other in _EDITORS.items() if other.info.resumes)
+        raise MismatchError(
+            f"checkpoint: method {info.name!r} cannot go on after an interruption; leave checkpoint out, or choose one that can: {', '.join(able)}"
+        )
 
 
 def _presets_for(editor: Editor, kind: SubjectKind, model: Any) -> Mapping[str, Config]:

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from xpatch.editors.journal import Journal, known_by
 from xpatch.editors.progress import Report
 from xpatch.models.features import capture
+from xpatch.models.lengths import length_limit
 from xpatch.patches.requests import Probe
 
 if TYPE_CHECKING:
     from xpatch.editors.task import Wording
 
-_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert"}  # positions start after the padding index
 
-
-def length_limit(model: Any, tokenizer: Any) -> int | None:
-    """The longest input in tokens that both the tokenizer and the position embeddings allow; None where neither says."""
-    limits = []
-    if 0 < getattr(tokenizer, "model_max_length", 0) < 1_000_000:
-        limits.append(int(tokenizer.model_max_length))
-    config = model.config
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        if config.model_type in _OFFSET_POSITIONS:
-            positions -= (config.pad_token_id or 0) + 1
-        limits.append(positions)
-    return min(limits) if limits else None
+BLOCK = 4096  #: texts of one step of reading, a multiple of all batch sizes
+_COLUMNS = ("x", "residual", "base", "logits")
 
 
 class FeatureCache:
@@ -48,6 +38,7 @@ class FeatureCache:
         self._read = 0
         self._filled: list[torch.Tensor] = []
         self.cut: set[int] = set()
+        self.journal = Journal()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -69,14 +60,23 @@ class FeatureCache:
         encoded = [self._encode(text, pair) for text, pair in texts]
         order = sorted(range(len(texts)), key=lambda index: len(encoded[index]["input_ids"]))
         fresh: list[torch.Tensor] = []
-        for start in range(0, len(order), self._batch_size):
-            rows = order[start : start + self._batch_size]
-            features = capture(self._model, self._batch([encoded[index] for index in rows]), self._site)
-            columns = [features.x, features.residual, features.base, features.logits]
+        for start in range(0, len(order), BLOCK):
+            rows = order[start : start + BLOCK]
+
+            def read(rows: list[int] = rows, start: int = start) -> dict[str, torch.Tensor]:
+                found = []
+                for first in range(0, len(rows), self._batch_size):
+                    batch = self._batch([encoded[index] for index in rows[first : first + self._batch_size]])
+                    features = capture(self._model, batch, self._site)
+                    found.append([features.x, features.residual, features.base, features.logits])
+                    report("reading", min(start + first + self._batch_size, len(order)), len(order))
+                return packed([torch.cat(column).detach() for column in zip(*found, strict=True)])
+
+            step = self.journal.once({"texts": known_by([texts[index] for index in rows])}, read)
+            columns = unpacked(step.tensors, self._device)
             fresh = fresh or [column.new_empty(len(order), *column.shape[1:]) for column in columns]
             for target, column in zip(fresh, columns, strict=True):
-                target[rows] = column.detach()
-            report("reading", min(start + self._batch_size, len(order)), len(order))
+                target[rows] = column
         self._filled = [torch.cat(pair) for pair in zip(self._filled, fresh, strict=True)] if self._filled else fresh
         self._read = len(self._rows)
 
@@ -120,6 +120,25 @@ class FeatureCache:
     def logits(self) -> torch.Tensor:
         """The model's answer `[M, C]`."""
         return self._filled[3]
+
+    def answers(self, rows: torch.Tensor) -> torch.Tensor:
+        """The model's answer to row numbers `[M]` -> `[M, C]`."""
+        return self.logits[rows]
+
+
+def packed(columns: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """x, residual, base and what follows, by name; the residual is left out where it is x (as in BERT)."""
+    found = dict(zip(_COLUMNS, columns, strict=False))
+    if torch.equal(found["x"], found["residual"]):
+        del found["residual"]
+    return found
+
+
+def unpacked(tensors: Mapping[str, torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """The columns of `packed`, on `device`."""
+    found = {name: tensor.to(device) for name, tensor in tensors.items()}
+    found.setdefault("residual", found["x"])
+    return [found[name] for name in _COLUMNS if name in found]
 
 
 def _single(encoded: dict[str, list[int]]) -> dict[str, torch.Tensor]:

@@ -9,10 +9,12 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from pydantic import Field
 
+from xpatch.editors.heard import SAYS, unsaid
 from xpatch.editors.presets import Config
 from xpatch.editors.samplers import SAMPLERS, TrainLanguages
 from xpatch.editors.task import Edit, Outcome, Task, Wording
 
+LOGITS = 2**25  # at most so many at once: a language model has a vocabulary for each row
 Answers = Callable[[torch.Tensor], torch.Tensor]
 """Row numbers `[M]` -> logits `[M, C]`."""
 
@@ -44,13 +46,18 @@ def by_languages(config: C) -> dict[str, C]:
 
 @dataclass(frozen=True)
 class Plan:
-    """One edit's cached rows: `rows[i]` must become `labels[i]`; the first `required` of them, those of `chosen`, decide."""
+    """One edit's cached rows: `rows[i]` must become `labels[i]`; those of `chosen` come first and decide, `sizes[w]` of wording w (a
+    language model's target has a row for each token)."""
 
     edit: Edit
     chosen: tuple[Wording, ...]
     rows: tuple[int, ...]
     labels: tuple[int, ...]
-    required: int
+    sizes: tuple[int, ...]
+
+    @property
+    def required(self) -> int:
+        return sum(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,14 @@ class EditRows:
         task.cache.fill(task.report)
         self.device = task.cache.x.device
         self.memory = torch.tensor(kept, dtype=torch.long, device=self.device)
+        self.unsaid: dict[int, str] = {}
+
+    @property
+    def block(self) -> int:
+        """How many rows may be answered at once."""
+        return max(
+            1, min(4096, LOGITS // (self.task.head.labels if self.task.decoding is None else self.task.head.vocabulary))
+        )
 
     def of(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, labels) `[M]` one edit trains on."""
@@ -86,8 +101,20 @@ class EditRows:
         """For each edit, the languages in which a required text gets another answer than asked for."""
         plans = [self.plans[number] for number in numbers]
         rows = torch.tensor([row for plan in plans for row in plan.rows[: plan.required]], device=self.device)
-        found = iter(answers(rows.long()).argmax(-1).tolist() if len(rows) else [])
-        return [[w.language for w in plan.chosen if next(found) != w.label] for plan in plans]
+        parts = rows.long().split(self.block) if len(rows) else ()
+        found = iter([answer for part in parts for answer in answers(part).argmax(-1).tolist()])
+        wrong: list[list[str]] = []
+        for plan in plans:
+            labels = iter(plan.labels)
+            missed = [[next(found) != next(labels) for _ in range(size)] for size in plan.sizes]
+            wrong.append([w.language for w, some in zip(plan.chosen, missed, strict=True) if any(some)])
+        return wrong
+
+    def listen(self, wrong: Sequence[Sequence[str]], added: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Ask a language model for what is right by its rows (`wrong`, of all edits); `outcome` fails what it does not say. See `heard`."""
+        right = [number for number, found in enumerate(wrong) if not found]
+        asked = [(number, wording) for number in right for wording in self.plans[number].chosen]
+        self.unsaid = unsaid(self.task.decoding, asked, added)
 
     def outcome(
         self,
@@ -104,9 +131,23 @@ class EditRows:
         rows = rows or {}
         note += " (text cut at the model's length limit)" if self.task.cache.cut.intersection(plan.rows) else ""
         languages, missed = ", ".join(wording.language for wording in plan.chosen), ", ".join(wrong)
+        if self.task.decoding is not None:
+            languages += SAYS
+        if number in self.unsaid:
+            message = self.unsaid[number] + note
+            return (
+                Outcome("failed", message)
+                if trained is None
+                else Outcome("failed", message, rows, group, trained.seconds)
+            )
         if trained is None:
             if not wrong:
-                return Outcome("already-right", f"right in {languages} when its turn came{note}")
+                return Outcome(
+                    "already-right",
+                    f"right in {languages}{note}"
+                    if self.task.decoding is not None
+                    else f"right in {languages} when its turn came{note}",
+                )
             return Outcome("lost", f"was right, but {because}: wrong in {missed}{note}")
         if not wrong:
             return Outcome("edited", f"right in {languages}{note}", rows, group, trained.seconds)
@@ -118,8 +159,9 @@ class EditRows:
     def _plan(self, edit: Edit, chosen: tuple[Wording, ...], rephrases: bool) -> Plan:
         languages = {wording.language for wording in chosen}
         wordings = [*chosen, *(w for w in edit.rephrases if rephrases and w.language in languages)]
-        rows = self.task.cache.want(wording.probe for wording in wordings)
-        return Plan(edit, chosen, tuple(rows), tuple(wording.label for wording in wordings), len(chosen))
+        asked = [self.task.cache.asked(wording) for wording in wordings]
+        rows, labels = zip(*(pair for text in asked for pair in text), strict=True)
+        return Plan(edit, chosen, rows, labels, tuple(len(text) for text in asked[: len(chosen)]))
 
     def _memory(self, count: int, everything: bool) -> list[int]:
         languages = {wording.language for plan in self.plans for wording in plan.chosen}

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from xpatch.editors.cache import FeatureCache
-from xpatch.editors.decoding import Greedy
 from xpatch.editors.inputs import labels_of, resolve_edit, taking_part
-from xpatch.editors.prompts import Prompts
 from xpatch.editors.task import Decoding, Edit, Wording
 from xpatch.editors.token_cache import TokenCache, model_inputs
 from xpatch.errors import MismatchError
 from xpatch.models.anatomy import FFNSite, final_ffn
 from xpatch.models.heads import Head, head_of
+from xpatch.models.lm_decoding import Greedy
 from xpatch.models.lm_heads import LMHead, lm_head_of, lm_kind
+from xpatch.models.lm_prompts import Prompts
 from xpatch.patches.requests import EditRequest, Probe
 
 SubjectKind = Literal["classifier", "causal", "seq2seq", "masked"]
@@ -70,7 +70,7 @@ class LanguageModel:
     def resolve(self, request: EditRequest, languages: Sequence[str] | None) -> Edit:
         """A request with what is to be said to each text.
 
-        Raises `MismatchError` for a target that is missing, has no tokens or does not fit the text (see `prompts.Prompts.said`), and for
+        Raises `MismatchError` for a target that is missing, has no tokens or does not fit the text (see `Prompts.said`), and for
         an own-language text without words.
         """
         versions: list[Wording] = []

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from xpatch.editors.cache import FeatureCache
+from xpatch.editors.journal import Journal
 from xpatch.editors.progress import Report
 from xpatch.patches.requests import EditRequest, Probe
 from xpatch.patches.types import EditStatus, Gate, LanguageMask, Part
@@ -53,7 +54,7 @@ class Task:
     """Everything an editor works on. `memory`: language -> probes whose behaviour must not change.
 
     head: of `models.heads`, or of `models.lm_heads` for a language model; cache: its rows; decoding: says what the model says with
-    trained neurons in place, None for a classifier.
+    trained neurons in place, None for a classifier. journal: what editors that can go on after an interruption train through.
     """
 
     model: torch.nn.Module
@@ -66,6 +67,7 @@ class Task:
     report: Report
     decoding: Decoding | None = None
     tokenizer: Any = None
+    journal: Journal = field(default_factory=Journal)
 
     def rng(self, *salt: str) -> random.Random:
         """A random stream of its own for one purpose: the same whatever else is edited in the call."""

@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 
-from xpatch.editors.cache import FeatureCache
-from xpatch.editors.decoding import Greedy
+from xpatch.editors.cache import BLOCK, FeatureCache, packed, unpacked
+from xpatch.editors.journal import known_by
 from xpatch.editors.progress import Report
-from xpatch.editors.prompts import Forced, Prompts
 from xpatch.editors.task import Wording
 from xpatch.errors import MismatchError
+from xpatch.models.lm_decoding import Greedy
 from xpatch.models.lm_heads import LMHead, capture_tokens
+from xpatch.models.lm_prompts import Forced, Prompts
 from xpatch.patches.requests import Probe
 
+_TEXTS = BLOCK // 8  # of one step of reading: every token is a row
 ANSWER = 16  #: tokens of a model's own answer that stand for what it does with a text
 
 
@@ -57,11 +59,26 @@ class TokenCache(FeatureCache):
             kept = self._kept(probe)
             found.update(dict.fromkeys(self._row(kept, place) for place in kept.positions if place))
         if pending:
-            answers = self._greedy.answers([self._prompts.heard(probe).ids for probe in pending], ANSWER)
-            for probe, answer in zip(pending, answers, strict=True):
+            for probe, answer in zip(pending, self._answers(pending), strict=True):
                 kept = self._prompts.heard(probe, answer)
                 found.update(dict.fromkeys(self._row(kept, place) for place in kept.positions))
         return list(found)[:limit]
+
+    def _answers(self, probes: list[Probe]) -> list[tuple[int, ...]]:
+        """The model's own answers, in blocks that a call which was interrupted need not ask for again."""
+        ids = [self._prompts.heard(probe).ids for probe in probes]
+        found: list[tuple[int, ...]] = []
+        for start in range(0, len(ids), BLOCK):
+            block = ids[start : start + BLOCK]
+
+            def ask(block: list[tuple[int, ...]] = block) -> dict[str, torch.Tensor]:
+                answers = self._greedy.answers(block, ANSWER)
+                flat = torch.tensor([token for answer in answers for token in answer])
+                return {"tokens": flat, "lengths": torch.tensor([len(answer) for answer in answers])}
+
+            made = self.journal.once({"answers": known_by(block)}, ask).tensors
+            found += [tuple(part.tolist()) for part in made["tokens"].split(made["lengths"].tolist())]
+        return found
 
     def _kept(self, probe: Probe) -> Forced:
         if probe.target is not None:
@@ -79,31 +96,46 @@ class TokenCache(FeatureCache):
         for row in range(self._read, len(self._places)):
             wanted.setdefault(self._places[row][0], []).append(row)
         order = sorted(wanted, key=lambda one: (len(one.ids), len(one.decoder or ())))
-        rows: list[int] = []
+        places = {one: sorted((self._places[row][1], row) for row in found) for one, found in wanted.items()}
+        rows = [row for one in order for _, row in places[one]]
         found: list[list[torch.Tensor]] = []
-        for start in range(0, len(order), self._batch_size):
-            chunk = order[start : start + self._batch_size]
-            inputs = model_inputs(chunk, self._device)
-            last = inputs.get("decoder_input_ids", inputs["input_ids"])
-            chosen = torch.zeros(last.shape, dtype=torch.bool)
-            for number, one in enumerate(chunk):
-                places = sorted((self._places[row][1], row) for row in wanted[one])
-                chosen[number, [place for place, _ in places]] = True
-                rows += [row for _, row in places]
-            features = capture_tokens(self._model, inputs, self._head, chosen.to(self._device))
-            found.append([features.x, features.residual, features.base])
-            report("reading", min(start + self._batch_size, len(order)), len(order))
+        for start in range(0, len(order), _TEXTS):
+            block = order[start : start + _TEXTS]
+
+            def read(block: list[Forced] = block, start: int = start) -> dict[str, torch.Tensor]:
+                columns: list[list[torch.Tensor]] = []
+                for first in range(0, len(block), self._batch_size):
+                    chunk = block[first : first + self._batch_size]
+                    columns.append(self._features(chunk, [[place for place, _ in places[one]] for one in chunk]))
+                    report("reading", min(start + first + self._batch_size, len(order)), len(order))
+                return packed([torch.cat(column).detach() for column in zip(*columns, strict=True)])
+
+            asked = [(one.ids, one.decoder, one.types, [place for place, _ in places[one]]) for one in block]
+            found.append(unpacked(self.journal.once({"tokens": known_by(asked)}, read).tensors, self._device))
         back = torch.empty(len(rows), dtype=torch.long)
         back[torch.tensor(rows) - self._read] = torch.arange(len(rows))
-        fresh = [torch.cat(column).detach()[back.to(self._device)] for column in zip(*found, strict=True)]
+        fresh = [torch.cat(column)[back.to(self._device)] for column in zip(*found, strict=True)]
         self._filled = [torch.cat(pair) for pair in zip(self._filled, fresh, strict=True)] if self._filled else fresh
         self._read = len(self._places)
+
+    def _features(self, chunk: list[Forced], places: list[list[int]]) -> list[torch.Tensor]:
+        """x, residual, base of the tokens at `places` of each text, in this order."""
+        inputs = model_inputs(chunk, self._device)
+        chosen = torch.zeros(inputs.get("decoder_input_ids", inputs["input_ids"]).shape, dtype=torch.bool)
+        for number, own in enumerate(places):
+            chosen[number, own] = True
+        features = capture_tokens(self._model, inputs, self._head, chosen.to(self._device))
+        return [features.x, features.residual, features.base]
 
     @property
     def logits(self) -> torch.Tensor:
         """The model's answers `[M, V]`, computed anew: over a large vocabulary they are not kept."""
         with torch.no_grad():
             return self._head.tail(self.base, self.residual)
+
+    def answers(self, rows: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self._head.tail(self.base[rows], self.residual[rows])
 
     def _row(self, one: Forced, place: int) -> int:
         row = self._tokens.setdefault(one.key(place, self._head.kind), len(self._places))

@@ -15,6 +15,7 @@ from xpatch.evaluation.questions import Locality, Question, case_questions, dige
 from xpatch.evaluation.readings import Readings
 from xpatch.evaluation.report import Report
 from xpatch.evaluation.runner import applied, collect
+from xpatch.evaluation.subject import Classifier
 from xpatch.patches.requests import EditRequest, as_requests
 from xpatch.runtime.attach import runtime_of
 
@@ -52,8 +53,9 @@ def evaluate_alone(
     if not chosen:
         raise MismatchError("no case has an edit in the patches that was needed; there is nothing to measure alone")
     read = Readings(model, tokenizer) if readings is None else readings
+    subject = Classifier(model, tokenizer)
     others = {
-        kind: list(locality_questions(model, kind, texts, None))
+        kind: list(locality_questions(subject, kind, texts, None))
         for kind, texts in (("locality_train", locality_train), ("locality_test", locality_test))
         if texts is not None
     }
@@ -63,7 +65,7 @@ def evaluate_alone(
     with _hooks_kept(api, model):
         for number, case in enumerate(chosen):
             one = patches(case) if callable(patches) else patches.select([case.id])
-            asked = [*case_questions(model, [case])]
+            asked = [*case_questions(subject, [case])]
             asked += _drawn(positions, case, asked[0].cluster, locality_per_edit, seed)
             languages = [q.language for q in asked] if one.masks else None
             with applied(api, model, tokenizer, one):
@@ -83,7 +85,7 @@ def evaluate_alone(
         patches=None if callable(patches) else str(patches.fingerprint),
         seed=seed,
         # Of all that could be asked: reports of several seeds can be pooled.
-        probes="alone-" + digest([*case_questions(model, given), *(q for found in others.values() for q in found)]),
+        probes="alone-" + digest([*case_questions(subject, given), *(q for found in others.values() for q in found)]),
         metrics=measure([(predictions, set(ids))], language=chosen[0].language, seed=seed),
         predictions=predictions,
     )

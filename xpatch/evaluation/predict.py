@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from xpatch.errors import MismatchError
+from xpatch.models.lm_heads import lm_kind
 from xpatch.patches.requests import Probe
 from xpatch.runtime.routing import rows as routed
 
@@ -40,7 +41,7 @@ def predict_indices(
     if languages is not None and len(languages) != len(probes):
         raise ValueError(f"expected one language a probe, found {len(languages)} for {len(probes)} probes")
     found = np.zeros(len(probes), dtype=np.int64)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for rows, inputs in batches(model, tokenizer, probes, batch_size=batch_size):
             with spoken(None if languages is None else [languages[row] for row in rows]):
                 logits = getattr(model(**inputs), "logits", None)
@@ -101,6 +102,11 @@ def max_length(model: Any, tokenizer: Any) -> int:
 
 def label_names(model: Any) -> list[str]:
     """The classifier's labels in the order of its logits. Raises `MismatchError` for a model without labels."""
+    if lm_kind(model) is not None:  # its config has labels all the same
+        raise MismatchError(
+            f"{type(model).__name__} is a language model and answers with no label; expected a sequence classifier. Ask a language model "
+            "with xpatch.evaluate, or its own generate"
+        )
     id2label = getattr(getattr(model, "config", None), "id2label", None)
     if not id2label or not hasattr(model, "num_labels"):
         raise MismatchError(
@@ -126,7 +132,7 @@ def spoken(languages: Sequence[str] | None) -> contextlib.AbstractContextManager
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Eval mode for every module, each module's own mode put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

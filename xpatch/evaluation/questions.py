@@ -7,10 +7,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from xpatch.errors import FormatError
-from xpatch.evaluation.predict import label_index
 from xpatch.patches.probes import as_probe, read_probes
 from xpatch.patches.requests import EditRequest, Probe
 
@@ -30,18 +29,24 @@ class Question:
     probe: Probe
 
 
-def case_questions(model: Any, cases: Sequence[EditRequest]) -> Iterator[Question]:
-    """Every text of the cases. Raises `FormatError` for a missing target, `MismatchError` for an unknown label."""
+class Answering(Protocol):
+    """Numbers right answers; see `subject`."""
+
+    def gold(self, target: str, probe: Probe, language: str, where: str) -> int: ...
+
+
+def case_questions(subject: Answering, cases: Sequence[EditRequest]) -> Iterator[Question]:
+    """Every text of the cases. Raises `FormatError` for a missing target, `MismatchError` for one the model cannot give."""
     for case in cases:
         cluster = case.versions[case.language].subject or case.id
         for language, version in case.versions.items():
             target = case.target_of(language)
             if target is None:
                 raise FormatError(
-                    f"case {case.id!r}: version {language!r} has no target; an evaluation case needs the right label"
+                    f"case {case.id!r}: version {language!r} has no target; an evaluation case needs the right answer"
                 )
             where = f"case {case.id!r}, version {language!r}"
-            gold = label_index(model, target, where=where)
+            gold = subject.gold(target, version.probe, language, where)
             own = language == case.language
             yield Question("edit", language, case.id, cluster, own, gold, version.probe)
             for kind, probes, default in (
@@ -50,14 +55,13 @@ def case_questions(model: Any, cases: Sequence[EditRequest]) -> Iterator[Questio
                 ("near", version.locality, -1),
             ):
                 for probe in probes:
-                    expected = (
-                        default if probe.target is None else label_index(model, probe.target, where=f"{where}, {kind}")
-                    )
+                    wanted = probe.target if probe.target is not None or default < 0 else target
+                    expected = -1 if wanted is None else subject.gold(wanted, probe, language, f"{where}, {kind}")
                     yield Question(kind, language, case.id, cluster, own, expected, probe)
 
 
 def locality_questions(
-    model: Any, kind: str, locality: Locality | str | Path | None, groups: Sequence[str] | None
+    subject: Answering, kind: str, locality: Locality | str | Path | None, groups: Sequence[str] | None
 ) -> Iterator[Question]:
     """Every locality probe, as kind "locality_train" or "locality_test". Raises `FormatError`, `MismatchError`."""
     for language, probes in _read_locality(kind, locality).items():
@@ -69,7 +73,7 @@ def locality_questions(
             gold = (
                 -1
                 if probe.target is None
-                else label_index(model, probe.target, where=f"{kind}, {language!r}, probe {position}")
+                else subject.gold(probe.target, probe, language, f"{kind}, {language!r}, probe {position}")
             )
             cluster = groups[position] if groups is not None else f"{kind}:{position}"
             yield Question(kind, language, f"{kind}:{position}", cluster, True, gold, probe)

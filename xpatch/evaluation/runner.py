@@ -9,10 +9,10 @@ from typing import Any
 
 from xpatch.errors import MismatchError
 from xpatch.evaluation.metrics import Answers, measure, needed_ids
-from xpatch.evaluation.predict import label_names, predict_indices
 from xpatch.evaluation.questions import Locality, Question, case_questions, digest, locality_questions
 from xpatch.evaluation.readings import Readings
 from xpatch.evaluation.report import Report
+from xpatch.evaluation.subject import subject_of
 from xpatch.patches.requests import EditRequest, as_requests
 from xpatch.runtime.attach import runtime_of
 
@@ -34,7 +34,10 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
 ) -> Report:
-    """Measure a sequence classifier as it stands, or with `patches` applied for the duration.
+    """Measure a model as it stands, or with `patches` applied for the duration: a sequence classifier, or a language model.
+
+    A language model is right where greedy decoding says the target; a text without a target is unchanged where the model says the same
+    as before (`subject.Speaker`). A report's labels are then all that was said.
 
     cases: edit requests (objects, dicts, a JSONL path) with targets. Their `rephrases` are measured as *unseen* paraphrases:
     give other wordings than those trained on. `locality` and `portability` probes of the versions are measured too.
@@ -51,13 +54,14 @@ def evaluate(
 
     A set with language masks is asked each text in the language it is filed under. Unpatched predictions are those of `xpatch.disabled`. Intervals are bootstrapped over subjects (or edits) from `seed`.
     Raises `FormatError` (cases or locality that cannot be read, a missing target) and `MismatchError` (a label the model does
-    not have, ids not among the cases, patches, a baseline or readings that do not fit).
+    not have, a target it cannot say, ids not among the cases, patches, a baseline or readings that do not fit).
     """
     checked = as_requests(cases)
+    subject = subject_of(model, tokenizer)
     questions = [
-        *case_questions(model, checked),
-        *locality_questions(model, "locality_train", locality_train, (locality_groups or {}).get("train")),
-        *locality_questions(model, "locality_test", locality_test, (locality_groups or {}).get("test")),
+        *case_questions(subject, checked),
+        *locality_questions(subject, "locality_train", locality_train, (locality_groups or {}).get("train")),
+        *locality_questions(subject, "locality_test", locality_test, (locality_groups or {}).get("test")),
     ]
     probes = [question.probe for question in questions]
     asked = digest(questions)
@@ -78,21 +82,22 @@ def evaluate(
         if readings is not None:
             after = readings.after(probes, languages)
         else:
-            after = predict_indices(model, tokenizer, probes, batch_size=batch_size, languages=languages)
+            after = subject.ask(questions, batch_size, languages)
         if baseline is None:
             if readings is not None:
                 before = readings.before(probes).tolist()
             else:
                 with api.disabled(model):
-                    before = predict_indices(model, tokenizer, probes, batch_size=batch_size).tolist()
+                    before = subject.ask(questions, batch_size).tolist()
         else:
-            before = [x for by in baseline.predictions.values() for answers in by.values() for x in answers.before]
+            earlier = [x for by in baseline.predictions.values() for answers in by.values() for x in answers.before]
+            before = subject.recall(baseline.labels, earlier)
             questions, after = _in_report_order(questions, after)
     predictions = collect(questions, before, after.tolist())
     chosen = _needed(checked, patches, needed, predictions)
     return Report(
         model=type(model).__name__,
-        labels=tuple(label_names(model)),
+        labels=subject.labels,
         edits=len(checked),
         needed=tuple(case.id for case in checked if case.id in chosen),
         languages=tuple(dict.fromkeys(language for case in checked for language in case.versions)),

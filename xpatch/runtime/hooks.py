@@ -88,6 +88,11 @@ class Enter(Hook):
             self.runtime.enter(self.kind, rows, batch)
         return args, kwargs
 
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """The fingerprints of the sets there are (see `models.carried`)."""
+        return tuple(applied.fingerprint for applied in self.runtime.snapshot.sets.values())
+
 
 @_not_a_graph_of_its_own
 class Exit(Hook):

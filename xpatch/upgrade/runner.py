@@ -47,6 +47,7 @@ def retrain(
     old: tuple[Any, Any] | None = None,
     progress: bool | Progress | None = None,
     batch_size: int = 64,
+    checkpoint: str | Path | None = None,
     **overrides: Any,
 ) -> Retrained:
     """Train the requests in `patches`' ledger again on `model`, the upgraded base, and measure what holds. The model is left as it is.
@@ -57,6 +58,7 @@ def retrain(
     other, each on top of those before and sparing the texts of all others, and added up. memory, languages: as for `xpatch.edit`;
     a ledger records neither, so give them again where the set was trained with them. old: (model, tokenizer) of the old base; with it the report says what held
     there with `patches` and is lost now. progress: as for `xpatch.edit`; stages "reading" (texts), "training" (edits), "measuring".
+    checkpoint: a folder to go on from after an interruption, as for `xpatch.edit`; each group has a folder in it.
 
     Left out, and named in the report: requests that were rejected, edits whose request or target was redacted, and those whose
     `expires` is past. An edit right on the new base without a patch stays in the ledger as "already-right" and owns nothing.
@@ -73,7 +75,7 @@ def retrain(
     if old is not None:
         _check_old(patches, old)
     with reporting(progress) as report:
-        made = _train(todo, model, tokenizer, memory, languages, report)
+        made = _train(todo, model, tokenizer, memory, languages, report, checkpoint)
         steps = 1 if old is None else 2
         report("measuring", 0, steps)
         new = evaluate(model, tokenizer, todo.requests, made, batch_size=batch_size).predictions
@@ -92,10 +94,11 @@ def _train(
     memory: Mapping[str, Sequence[Any]] | str | Path | None,
     languages: Sequence[str] | None,
     report: Progress,
+    checkpoint: str | Path | None,
 ) -> PatchSet:
     made: PatchSet | None = None
     done, total = 0, len(todo.requests)
-    for batch in todo.batches:
+    for number, batch in enumerate(todo.batches, start=1):
         spoken = {language for request in batch.requests for language in request.versions}
         with _on_top_of(made, model, tokenizer):
             part = edit(
@@ -108,6 +111,7 @@ def _train(
                 seed=batch.seed,
                 languages=None if languages is None else [code for code in languages if code in spoken],
                 progress=_shifted(report, done, total),
+                checkpoint=None if checkpoint is None else Path(checkpoint, f"group-{number}"),
                 **batch.settings,
             )
         part = _as_asked(part, batch)
@@ -120,13 +124,14 @@ def _train(
 def _sparing(batch: Batch, todo: Plan) -> list[EditRequest]:
     """The batch's requests, with the texts of the other batches as locality probes: as edits of one call leave each other alone.
 
-    Every request carries them, so a large batch gets a random share of them.
+    Every request carries them, so a large batch gets a random share of them. Each with its target: a language model's probe without one
+    stands for what the model says now.
     """
     others = [
-        probe
+        probe if probe.target is not None else probe.model_copy(update={"target": request.target_of(language)})
         for other in todo.batches
         for request in (other.requests if other is not batch else ())
-        for version in request.versions.values()
+        for language, version in request.versions.items()
         for probe in (version.probe, *version.rephrases)
     ]
     share = SPARED_PROBES // len(batch.requests)
@@ -147,7 +152,7 @@ def _as_asked(part: PatchSet, batch: Batch) -> PatchSet:
 
 def _shifted(report: Progress, done: int, total: int) -> Callable[[str, int, int], None]:
     def heard(stage: str, count: int, of: int) -> None:
-        report(stage, done + count, total) if stage == "training" else report(stage, count, of)
+        report(stage, done + count, total) if stage in ("training", "resuming") else report(stage, count, of)
 
     return heard
 

@@ -27,11 +27,13 @@ class CaliNetEditor:
         title="CaliNet",
         paper="Dong et al. 2022, Calibrating Factual Knowledge in Pretrained Language Models, Findings of EMNLP",
         url="https://arxiv.org/abs/2210.03329",
-        edits="sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2, Llama-like), single texts and pairs; many edits at once; the edit's "
-        "own language, or as train_languages says",
+        edits="sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2, Llama-like), single texts and pairs; language models (encoder-decoders, "
+        "decoders, masked); many edits at once; the edit's own language, or as train_languages says",
         separable=False,
+        models=("classifier", "causal", "seq2seq", "masked"),
     )
     presets: Mapping[str, CaliNetConfig] = PRESETS
+    lm_presets: Mapping[str, CaliNetConfig] = PRESETS
 
     def edit(self, task: Task, config: CaliNetConfig) -> Product:
         """Train on `task`; every tensor of the result is on the CPU."""
@@ -43,14 +45,11 @@ class CaliNetEditor:
             )
         rows = EditRows(task, "calinet", config, memory=bool(config.memory_weight))
         everything = range(len(task.edits))
-        needed = [
-            n
-            for n, wrong in zip(everything, rows.wrong(everything, lambda r: task.cache.logits[r]), strict=True)
-            if wrong
-        ]
+        needed = [n for n, wrong in zip(everything, rows.wrong(everything, task.cache.answers), strict=True) if wrong]
         spared = [row for n in everything if n not in set(needed) for row in rows.plans[n].rows]
         if not needed:
             task.report("training", len(task.edits), len(task.edits))
+            rows.listen([[]] * len(everything), torch.zeros_like)
             return Product({}, [rows.outcome(number, (), None) for number in everything])
         begun = time.perf_counter()
         slots = Slots(task, config, activation)
@@ -64,6 +63,8 @@ class CaliNetEditor:
             lambda share: task.report("training", int(share * len(task.edits)), len(task.edits)),
         )
         seconds = (time.perf_counter() - begun) / len(needed)
+        found = rows.wrong(everything, slots.logits)
+        rows.listen(found, slots.added)
         outcomes = [
             rows.outcome(
                 number,
@@ -73,7 +74,7 @@ class CaliNetEditor:
                 GROUP,
                 "the slots are shared",
             )
-            for number, wrong in zip(everything, rows.wrong(everything, slots.logits), strict=True)
+            for number, wrong in zip(everything, found, strict=True)
         ]
         part = PatchNeurons(task.site.name, slots.keys.cpu(), slots.bias.cpu(), slots.values.cpu(), activation)
         return Product({PART: part}, outcomes)

@@ -28,8 +28,11 @@ class Slots:
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Row numbers `[M]` of the cache -> `[M, C]`."""
-        added = self._act(F.linear(self._cache.x[rows], self.keys, self.bias)) @ self.values
-        return self._tail(self._cache.base[rows] + added, self._cache.residual[rows])
+        return self._tail(self._cache.base[rows] + self.added(self._cache.x[rows]), self._cache.residual[rows])
+
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        """What the slots add to the FFN's output: x `[M, D]` -> `[M, D]`."""
+        return self._act(F.linear(x, self.keys, self.bias)) @ self.values
 
     def fit(
         self,
@@ -40,7 +43,7 @@ class Slots:
         tick: Callable[[float], None],
     ) -> None:
         """Train all slots until `rows` `[M]` get `labels` `[M]` and `memory` keeps its answers. `tick` hears the share done."""
-        config, before = self._config, F.log_softmax(self._cache.logits, -1)
+        config = self._config
         parameters = [self.keys, self.values] + ([self.bias] if config.bias else [])
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -54,7 +57,7 @@ class Slots:
                 drawn = memory[_draw(len(memory), config.memory_per_step, generator).to(memory.device)]
                 after = F.log_softmax(self.logits(drawn), -1)
                 loss = loss + config.memory_weight * F.kl_div(
-                    after, before[drawn], log_target=True, reduction="batchmean"
+                    after, F.log_softmax(self._cache.answers(drawn), -1), log_target=True, reduction="batchmean"
                 )
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter.grad = gradient

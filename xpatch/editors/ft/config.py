@@ -10,6 +10,9 @@ The MPN paper says only that its baseline "edits the last FFN layer and uses cro
   theirs start every edit afresh.
 - `one`, `all`: the default with MPN's samplers, which the MPN paper expects to help other editors too. The others train on the request's
   own language.
+
+A language model's edit is one row for each token of its target, under teacher forcing, and is right where all are and greedy decoding says
+the target; the memory's rows are tokens too. The settings are the classifiers'.
 """
 
 from __future__ import annotations

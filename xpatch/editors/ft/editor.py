@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -29,11 +29,13 @@ class FineTuneEditor:
         title="Fine-tuning (last FFN)",
         paper="The baseline of Si, Zhang and Zhang 2024 (MPN), with Transformer-Patcher's fine-tuning settings",
         url="https://arxiv.org/abs/2401.03190",
-        edits="sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2), single texts and pairs; the edit's own language, or as "
-        "train_languages says",
+        edits="sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2), single texts and pairs; language models whose FFN is two linears "
+        "(GPT-2, BLOOM, BART, mBART, T5, BERT); the edit's own language, or as train_languages says",
         separable=False,
+        models=("classifier", "causal", "seq2seq", "masked"),
     )
     presets: Mapping[str, FineTuneConfig] = PRESETS
+    lm_presets: Mapping[str, FineTuneConfig] = PRESETS
 
     def edit(self, task: Task, config: FineTuneConfig) -> Product:
         """Train on `task`; every tensor of the result is on the CPU."""
@@ -51,9 +53,11 @@ class FineTuneEditor:
         parts, note = self._parts(ffn, task.site, objective, rows, config) if trained else ({}, "")
         because = "other edits changed the shared weights" + (" or the rank is too small" if config.rank else "")
         owned = dict.fromkeys(parts, ())
+        found = rows.wrong(range(len(task.edits)), objective.logits)
+        rows.listen(found, ffn.added)
         outcomes = [
             rows.outcome(number, wrong, trained.get(number), owned, GROUP, because, note if number in trained else "")
-            for number, wrong in enumerate(rows.wrong(range(len(task.edits)), objective.logits))
+            for number, wrong in enumerate(found)
         ]
         return Product(parts, outcomes)
 
@@ -66,21 +70,26 @@ class FineTuneEditor:
         if config.rank is None:
             return {"up": DenseDelta(site.up, up, up_bias), "down": DenseDelta(site.down, down, down_bias)}, ""
         edited = torch.tensor(sorted({row for plan in rows.plans for row in plan.rows}), device=rows.device)
-        before = [_all(objective, each) for each in (edited, rows.memory)]
-        cuts = [cut(up, config.rank), cut(down, config.rank)]
+        cuts, whole = [cut(up, config.rank), cut(down, config.rank)], list(ffn.weights)
         for number, found in zip((0, 2), cuts, strict=True):
             ffn.replace(number, found.product)
-        moved = [_moved(a, _all(objective, each)) for a, each in zip(before, (edited, rows.memory), strict=True)]
+        moved = [_moved(ffn, whole, objective, each.split(rows.block)) for each in (edited, rows.memory)]
         return {"up": cuts[0].at(site.up), "down": cuts[1].at(site.down)}, _note(cuts, moved)
 
 
 @torch.no_grad()
-def _all(objective: Objective, rows: torch.Tensor) -> torch.Tensor:
-    return torch.cat([objective.logits(some) for some in rows.split(4096)]) if len(rows) else rows.new_zeros(0)
-
-
-def _moved(before: torch.Tensor, after: torch.Tensor) -> float:
-    return float((after - before).abs().max()) if before.numel() else 0.0
+def _moved(
+    ffn: TrainableFFN, whole: list[torch.Tensor | None], objective: Objective, blocks: Sequence[torch.Tensor]
+) -> float:
+    """The most that a logit of the rows differs between the weights `whole` and those of `ffn` now."""
+    most, now = 0.0, ffn.weights
+    for rows in blocks:
+        if len(rows):
+            after = objective.logits(rows)
+            ffn.weights = whole
+            most = max(most, float((after - objective.logits(rows)).abs().max()))
+            ffn.weights = now
+    return most
 
 
 def _note(cuts: list[Cut], moved: list[float]) -> str:

@@ -34,6 +34,11 @@ class TrainableFFN:
         with torch.no_grad():
             return self._forward(x, self.start)
 
+    @torch.no_grad()
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        """What training has changed of the output: x `[M, D]` -> `[M, D]`."""
+        return self(x) - self.before(x)
+
     def replace(self, number: int, delta: torch.Tensor) -> None:
         """Make weight `number` the model's own plus `delta`."""
         start = self.start[number]
@@ -64,7 +69,6 @@ class Objective:
         self._offset = torch.cat(
             [base - ffn.before(x) for x, base in zip(cache.x.split(4096), cache.base.split(4096), strict=True)]
         )
-        self._before = F.log_softmax(cache.logits, -1)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """The answer of the trained FFN for cached rows `[M, C]`."""
@@ -87,7 +91,7 @@ class Objective:
                 drawn = self._memory[drawn.to(self._memory.device)]
                 after = F.log_softmax(self.logits(drawn), -1)
                 loss = loss + config.memory_weight * F.kl_div(
-                    after, self._before[drawn], log_target=True, reduction="batchmean"
+                    after, F.log_softmax(self._cache.answers(drawn), -1), log_target=True, reduction="batchmean"
                 )
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter.grad = gradient

@@ -8,7 +8,8 @@
 
 What is done otherwise than in the reference, in every preset:
 - the layer is the final FFN's, where a classifier's answer is made; theirs is layer 0, found for GPT-2 and GPT-J (`layer=0` gives it);
-- the loss is the cross entropy of the classifier's answer; theirs reads every target token at the last position of the prompt;
+- the loss is the cross entropy of the classifier's answer, in a language model that of each token of the target under teacher forcing; theirs
+  reads every target token at the last position of the prompt;
 - only the weight is trained. The reference picks parameters by a part of their name and so trains and boxes GPT-2's bias as well;
 - an edit that is right already is left alone, as everywhere here; the reference trains whatever it is given until the loss is small;
 - the reference edits the base afresh each time. Here edits follow one another, each with a fresh optimiser, and the box stays around the

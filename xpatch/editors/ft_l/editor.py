@@ -27,18 +27,26 @@ class ConstrainedFineTuneEditor:
         paper="Meng et al. 2022, Locating and Editing Factual Associations in GPT (its baseline FT+L, after Zhu et al. 2020), NeurIPS",
         url="https://arxiv.org/abs/2202.05262",
         edits="sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2, Llama-like), single texts and pairs; one down-projection of any "
-        "FFN that is no mixture of experts; the edit's own language, or as train_languages says",
+        "FFN that is no mixture of experts; language models (GPT-2, BLOOM, BART, mBART, T5, BERT): the final one, of two linears; the edit's own "
+        "language, or as train_languages says",
         separable=False,
+        models=("classifier", "causal", "seq2seq", "masked"),
     )
     presets: Mapping[str, ConstrainedConfig] = PRESETS
+    lm_presets: Mapping[str, ConstrainedConfig] = PRESETS
 
     def edit(self, task: Task, config: ConstrainedConfig) -> Product:
         """Train on `task`; every tensor of the result is on the CPU."""
         site = _site(task, config)
         rows = EditRows(task, "ft-l", config, memory=bool(config.memory_weight))
         quick = site == task.site and site.kind == "plain" and site.activation in ACTIVATE
+        if task.decoding is not None and not quick:
+            raise MismatchError(
+                f"ft-l trains the down-projection of {site.name!r}; in a language model it can train that of the final FFN "
+                f"({task.site.name!r}) alone, where that is two linears around a known activation; leave layer out, or use method 'mpn'"
+            )
         layer: Layer = FinalLayer(task) if quick else InnerLayer(task, site)
-        training = BoxedTraining(layer, task.cache.logits, rows.memory, config)
+        training = BoxedTraining(layer, task.cache.answers, rows.memory, config)
         trained: dict[int, Trained] = {}
         for number, edit in enumerate(task.edits):
             begun = time.perf_counter()
@@ -47,9 +55,11 @@ class ConstrainedFineTuneEditor:
                 fitted = not rows.wrong([number], layer.logits)[0]
                 trained[number] = Trained(fitted, time.perf_counter() - begun)
             task.report("training", number + 1, len(task.edits))
+        found = rows.wrong(range(len(task.edits)), layer.logits)
+        if isinstance(layer, FinalLayer):
+            rows.listen(found, layer.added)
         outcomes = [
-            rows.outcome(number, wrong, trained.get(number), {PART: ()}, GROUP)
-            for number, wrong in enumerate(rows.wrong(range(len(task.edits)), layer.logits))
+            rows.outcome(number, wrong, trained.get(number), {PART: ()}, GROUP) for number, wrong in enumerate(found)
         ]
         return Product({PART: DenseDelta(layer.name, layer.delta.cpu())} if trained else {}, outcomes)
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from xpatch.editors.ft_l.config import ConstrainedConfig
+from xpatch.editors.rows import Answers
 from xpatch.editors.t_patcher.train import ACTIVATE
 from xpatch.editors.task import Task
 from xpatch.models.anatomy import FFNSite
@@ -31,17 +32,25 @@ class FinalLayer:
 
     def __init__(self, task: Task) -> None:
         site, self._cache, self._tail = task.site, task.cache, task.head.tail
+        self._act = ACTIVATE[site.activation]
         up: Any = task.model.get_submodule(site.up)
-        weight = up.weight.detach().T if type(up).__name__ == "Conv1D" else up.weight.detach()
+        self._weight = up.weight.detach().T if type(up).__name__ == "Conv1D" else up.weight.detach()
+        self._bias = up.bias
         self.name = site.down
-        self._inner = torch.cat(
-            [ACTIVATE[site.activation](F.linear(x, weight, up.bias)) for x in task.cache.x.split(4096)]
-        )
+        self._inner = torch.cat([self._inside(x) for x in task.cache.x.split(4096)])
         self.delta = self._inner.new_zeros(site.width, site.inner)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         output = self._cache.base[rows] + F.linear(self._inner[rows], self.delta)
         return self._tail(output, self._cache.residual[rows])
+
+    @torch.no_grad()
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        """What the change adds to the FFN's output: x `[M, D]` -> `[M, D]`."""
+        return F.linear(self._inside(x), self.delta)
+
+    def _inside(self, x: torch.Tensor) -> torch.Tensor:
+        return self._act(F.linear(x, self._weight, self._bias))
 
 
 class InnerLayer:
@@ -63,8 +72,8 @@ class InnerLayer:
 class BoxedTraining:
     """Adam on one edit's rows; after each step every weight is within `box` of the base's."""
 
-    def __init__(self, layer: Layer, before: torch.Tensor, memory: torch.Tensor, config: ConstrainedConfig) -> None:
-        self._layer, self._before, self._memory, self._config = layer, F.log_softmax(before, -1), memory, config
+    def __init__(self, layer: Layer, before: Answers, memory: torch.Tensor, config: ConstrainedConfig) -> None:
+        self._layer, self._before, self._memory, self._config = layer, before, memory, config
 
     def fit(self, rows: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
         """Train `layer.delta`; it stays as it is where the loss is small enough already."""
@@ -79,7 +88,7 @@ class BoxedTraining:
                 drawn = torch.randint(len(self._memory), (config.memory_per_step,), generator=generator)
                 drawn = self._memory[drawn.to(self._memory.device)]
                 after = F.log_softmax(layer.logits(drawn), -1)
-                held = F.kl_div(after, self._before[drawn], log_target=True, reduction="batchmean")
+                held = F.kl_div(after, F.log_softmax(self._before(drawn), -1), log_target=True, reduction="batchmean")
                 loss = loss + config.memory_weight * held
             (layer.delta.grad,) = torch.autograd.grad(loss, [layer.delta])
             optimiser.step()

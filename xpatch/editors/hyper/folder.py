@@ -13,11 +13,24 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from xpatch.editors import files
+from xpatch.editors.files import write_tensors
 from xpatch.errors import FormatError
 from xpatch.patches.identity import BaseIdentity
+
+__all__ = [
+    "CARD",
+    "TRAINING",
+    "WEIGHTS",
+    "EditorCard",
+    "LinearCard",
+    "fill",
+    "read_card",
+    "read_tensors",
+    "write_card",
+    "write_tensors",
+]
 
 CARD, WEIGHTS, TRAINING = "editor.json", "editor.safetensors", "training.safetensors"
 FORMAT_VERSION = 1
@@ -51,8 +64,7 @@ class EditorCard(BaseModel):
 
 def write_card(folder: Path, card: EditorCard) -> None:
     """Write `editor.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / CARD, lambda path: path.write_text(card.model_dump_json(indent=1) + "\n", encoding="utf-8"))
+    files.write_text(folder / CARD, card.model_dump_json(indent=1) + "\n")
 
 
 def read_card(folder: Path) -> EditorCard:
@@ -78,23 +90,9 @@ def read_card(folder: Path) -> EditorCard:
         raise FormatError(f"{path}, {field}: {first['msg']}; train the editor again") from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
-    """Tensors and a few JSON facts in one file, whole or not at all."""
-    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, lambda temporary: save_file(plain, temporary, metadata={"facts": json.dumps(facts)}))
-
-
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What `write_tensors` wrote. Raises `FormatError` for a missing or damaged file."""
-    if not path.is_file():
-        raise FormatError(f"{path} is missing; the editor is not complete: train it again")
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, facts
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise FormatError(f"{path} is damaged: {error}; train the editor again") from None
+    return files.read_tensors(path, "the editor is not complete: train it again")
 
 
 def fill(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
@@ -106,15 +104,3 @@ def fill(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], where: P
         what = f"tensor {missing[0]!r} is missing or unknown" if missing else f"tensor {wrong[0]!r} has another shape"
         raise FormatError(f"{where}: {what}; the file belongs to another editor: train it again")
     network.load_state_dict(dict(tensors))
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise FormatError(
-            f"{path} cannot be written: {error.strerror or error}; check its folder and permissions"
-        ) from None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xpatch.editors.cache import length_limit
+from xpatch.models.lengths import length_limit
 from xpatch.patches.requests import Probe
 
 

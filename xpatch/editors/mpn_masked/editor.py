@@ -89,10 +89,16 @@ def _masks(task: Task, cache: MaskedRows, languages: tuple[str, ...], config: Ma
     reference, _ = collections.Counter(edit.versions[0].language for edit in chosen).most_common(1)[0]
     spoken_by = {language for edit in chosen for language in edit.languages} - {reference}
     learned = [number for number, language in enumerate(languages) if language in spoken_by]
-    return learn(
-        lesson, cache, learned, len(languages), config, task.head.tail, _activation(task, config), task.generator("masks"),
-        lambda share: task.report("masks", round(100 * share), 100),
-    )  # fmt: skip
+
+    def make() -> dict[str, torch.Tensor]:
+        inner = learn(
+            lesson, cache, learned, len(languages), config, task.head.tail, _activation(task, config), task.generator("masks"),
+            lambda share: task.report("masks", round(100 * share), 100),
+        )  # fmt: skip
+        return {"inner": inner}
+
+    step = task.journal.once({"masks": [edit.request.id for edit in chosen]}, make)
+    return step.tensors["inner"].to(device)
 
 
 def _texts(edit: Edit, config: MaskedConfig) -> tuple[Wording, ...]:
@@ -108,6 +114,7 @@ register(
             url="https://arxiv.org/abs/2205.12677",
             edits="sequence classifiers (BERT, XLM-R, DistilBERT, GPT-2), single texts and pairs; every language given",
             separable=True,
+            resumes=True,
         ),
         PRESETS,
         all_parallel,

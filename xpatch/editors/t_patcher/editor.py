@@ -8,22 +8,22 @@ others' contribution in their base output.
 from __future__ import annotations
 
 import collections
-import time
 from collections.abc import Mapping
 
 import torch
 
 from xpatch.editors.base import MethodInfo, register
+from xpatch.editors.heard import SAYS, unsaid
+from xpatch.editors.rows import LOGITS
 from xpatch.editors.samplers import Sampler, own_language
 from xpatch.editors.subject import SubjectKind
 from xpatch.editors.t_patcher.config import LM_PRESETS, PRESETS, NeuronConfig
 from xpatch.editors.t_patcher.coordinates import Coordinates
 from xpatch.editors.t_patcher.plans import slots_of
-from xpatch.editors.t_patcher.rows import LOGITS, EditRows
+from xpatch.editors.t_patcher.rows import EditRows
 from xpatch.editors.t_patcher.train import train
 from xpatch.editors.task import Outcome, Product, Task
 from xpatch.errors import MismatchError
-from xpatch.patches.jsonl import shorten
 from xpatch.patches.types import ACTIVATIONS, EditStatus, PatchNeurons
 
 PART = "neurons"
@@ -65,6 +65,7 @@ class _Run(EditRows):
         self.tried: collections.Counter[int] = (
             collections.Counter()
         )  # rounds of repair an edit has had, beside all chunks
+        self.stage = "training"  # "resuming" while chunks come from an interrupted call
         self.forgotten: set[int] = set()  # edits that failed and whose neurons are dropped
         self.unsaid: dict[int, str] = {}  # a language model's edits: what decoding said instead of the target
 
@@ -79,7 +80,7 @@ class _Run(EditRows):
                 self.spared += [edit for edit in candidates if right[edit]]
             self.take(chunk, decided)
             decided = len(self.spared) + len(self.accepted)
-            self.task.report("training", decided, len(self.plans))
+            self.task.report(self.stage, decided, len(self.plans))
         for _ in range(self.config.rounds):  # requests that were right until a patch of another disturbed them
             right = self.right(self.spared)
             broken = [edit for edit in self.spared if not right[edit]]
@@ -144,7 +145,23 @@ class _Run(EditRows):
         self, edits: list[int], neurons: int, turn: int, decided: int, coordinates: Coordinates | None = None
     ) -> None:
         """Train `edits`, with `neurons` each, side by side against the current neurons and install the result."""
-        begun = time.perf_counter()
+        ids = [self.plans[edit].edit.request.id for edit in edits]
+        key = {"edits": ids, "neurons": neurons, "turn": turn, "scaled": coordinates is not None}
+
+        def make() -> dict[str, torch.Tensor]:
+            return self.trained(edits, neurons, turn, decided, coordinates)
+
+        step = self.task.journal.once(key, make)
+        self.stage = "resuming" if step.kept else "training"
+        keys, bias, values = (step.tensors[name].to(self.device) for name in ("keys", "bias", "values"))
+        self.neurons.add(torch.tensor(edits, device=self.device), keys, bias, values)
+        for edit in edits:
+            self.seconds[edit] += step.seconds / len(edits)
+
+    def trained(
+        self, edits: list[int], neurons: int, turn: int, decided: int, coordinates: Coordinates | None
+    ) -> dict[str, torch.Tensor]:
+        """keys `[E, P, D]`, bias `[E, P]`, values `[E, P, D]` of `edits`, for plain rows."""
         problem = self.problem(edits, neurons, turn, coordinates)
         generator = self.task.generator("memory", *(self.plans[edit].edit.request.id for edit in edits), str(turn))
 
@@ -160,9 +177,7 @@ class _Run(EditRows):
         used = coordinates or self.coordinates
         if used is not None:
             keys, bias = used.fold(keys, bias)
-        self.neurons.add(torch.tensor(edits, device=self.device), keys, bias, values)
-        for edit in edits:
-            self.seconds[edit] += (time.perf_counter() - begun) / len(edits)
+        return {"keys": keys, "bias": bias, "values": values}
 
     def right(self, edits: list[int]) -> dict[int, bool]:
         """Which edits are right in all their required rows, with all neurons there are."""
@@ -203,9 +218,9 @@ class _Run(EditRows):
         while True:
             self.standing.refresh()
             status = self.statuses()
-            unsaid = self._unsaid([edit for edit in status if status[edit] in ("edited", "already-right")])
-            self.unsaid.update(unsaid)
-            status.update(dict.fromkeys(unsaid, "failed"))
+            found = self._unsaid([edit for edit in status if status[edit] in ("edited", "already-right")])
+            self.unsaid.update(found)
+            status.update(dict.fromkeys(found, "failed"))
             failed = [edit for edit in self.accepted if status[edit] == "failed" and edit not in self.forgotten]
             if self.config.keep_failed or not failed:
                 return status
@@ -225,20 +240,13 @@ class _Run(EditRows):
 
     def _unsaid(self, edits: list[int]) -> dict[int, str]:
         """Edits of a language model whose target greedy decoding, with all neurons there are, does not say, and what it says."""
-        if self.task.decoding is None:
-            return {}
         asked = [(edit, wording) for edit in edits for wording in self.plans[edit].chosen]
-        said = self.task.decoding.instead([wording for _, wording in asked], self.neurons.output)
-        return {
-            edit: f"right token by token, but greedy decoding says {shorten(repr(instead))} in {wording.language}"
-            for (edit, wording), instead in zip(asked, said, strict=True)
-            if instead is not None
-        }
+        return unsaid(self.task.decoding, asked, self.neurons.output)
 
     def _message(self, edit: int, status: EditStatus) -> str:
         plan = self.plans[edit]
         good = f"right in {', '.join(wording.language for wording in plan.chosen)}"
-        heard = ", greedy decoding says the target" if self.task.decoding is not None else ""
+        heard = SAYS if self.task.decoding is not None else ""
         cut = " (text cut at the model's length limit)" if any(row in self.task.cache.cut for row in plan.rows) else ""
         if status == "edited":
             return good + heard + cut
@@ -270,6 +278,7 @@ register(
             edits=EDITS + "the edit's own language",
             separable=True,
             models=MODELS,
+            resumes=True,
         ),
         PRESETS,
         own_language,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xpatch.editors.rows import memory_rows
+from xpatch.editors.rows import LOGITS, memory_rows
 from xpatch.editors.samplers import Sampler
 from xpatch.editors.t_patcher.config import NeuronConfig
 from xpatch.editors.t_patcher.coordinates import Coordinates
@@ -17,7 +17,6 @@ from xpatch.editors.t_patcher.train import Problem
 from xpatch.editors.task import Edit, Task
 
 _TYPICAL = 32768  # of the edits' rows, so many are enough for a mean and a covariance
-LOGITS = 2**25  # at most so many at once: a language model has a vocabulary for each row
 
 
 class EditRows:

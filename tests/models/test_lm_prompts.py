@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.editors.lm import model_of, tokenizer_of
-from xpatch.editors.prompts import Prompts, _gap
 from xpatch.errors import MismatchError
+from xpatch.models.lm_prompts import Prompts, _gap
 from xpatch.patches.requests import Probe
 
 

@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from xpatch.editors.prompts import Forced, Prompts
-from xpatch.editors.task import Wording
 from xpatch.models.anatomy import FFNSite
+from xpatch.models.lm_prompts import Forced, Prompts
 from xpatch.models.surgery import Surgery
 from xpatch.models.tails import as_rows, first_tensor, output_in
+from xpatch.patches.requests import Probe
 
 Added = Callable[[torch.Tensor], torch.Tensor]
 """What the patches add to the FFN's output: x `[M, D]` -> `[M, D]`."""
 
 
-class Greedy:
-    """Greedy decoding of one model. Texts of equal length go together, so that nothing is padded."""
+class Asked(Protocol):
+    """A text, its language, and what should be said to it."""
 
-    def __init__(self, model: Any, tokenizer: Any, site: FFNSite, prompts: Prompts, batch_size: int = 64) -> None:
+    @property
+    def probe(self) -> Probe: ...
+    @property
+    def target(self) -> str | None: ...
+    @property
+    def language(self) -> str: ...
+
+
+class Greedy:
+    """Greedy decoding of one model. Texts of equal length go together, so that nothing is padded. site: where neurons are put in place."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, site: FFNSite | None, prompts: Prompts, batch_size: int = 64
+    ) -> None:
         self._model, self._tokenizer, self._site, self._prompts = model, tokenizer, site, prompts
         self._batch_size = batch_size
 
-    def instead(self, wordings: Sequence[Wording], added: Added | None = None) -> list[str | None]:
+    def instead(self, wordings: Sequence[Asked], added: Added | None = None) -> list[str | None]:
         """For each wording what the model says instead of its target; None where it says that.
 
         It says the target where what it says begins with its tokens, or has as many and is the same text but for case and white space
@@ -37,6 +50,27 @@ class Greedy:
             for chunk in self._chunks(asked):
                 for place, said in zip(chunk, self._say([asked[place] for place in chunk]), strict=True):
                     found[place] = self._difference(asked[place], said)
+        return found
+
+    def says(self, asked: Sequence[Asked], tokens: int) -> list[tuple[str, bool]]:
+        """What the model says to each, as text, and whether that is its target (as in `instead`).
+
+        As many tokens as the target has; `tokens` where there is none. Raises `MismatchError` for a target that cannot be said.
+        """
+        prompts = self._prompts
+        made = [
+            prompts.open(one.probe, tokens, one.language)
+            if one.target is None
+            else prompts.said(one.probe, one.target, one.language)
+            for one in asked
+        ]
+        found = [("", False)] * len(made)
+        for chunk in self._chunks(made):
+            for place, said in zip(chunk, self._say([made[place] for place in chunk]), strict=True):
+                kept = said[: len(made[place].labels)]
+                text = self._tokenizer.decode(kept, skip_special_tokens=True).strip()
+                right = asked[place].target is not None and self._difference(made[place], said) is None
+                found[place] = (text, right)
         return found
 
     def answers(self, ids: Sequence[tuple[int, ...]], limit: int) -> list[tuple[int, ...]]:
@@ -68,7 +102,8 @@ class Greedy:
         if asked[0].decoder is None:
             sequences = self._model.generate(generation_config=settings, **inputs)[:, inputs["input_ids"].shape[1] :]
             return sequences.tolist()
-        settings.decoder_start_token_id = asked[0].decoder[0]
+        if asked[0].decoder:
+            settings.decoder_start_token_id = asked[0].decoder[0]
         if asked[0].forced is not None:
             settings.forced_bos_token_id = asked[0].forced
         sequences = self._model.generate(generation_config=settings, **inputs)
@@ -117,6 +152,7 @@ class Greedy:
         surgery = Surgery()
         if added is None:
             return surgery
+        assert self._site is not None
         seen: list[torch.Tensor] = []
 
         def keep(module: Any, args: Any, kwargs: Any) -> None:

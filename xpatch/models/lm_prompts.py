@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from xpatch.editors.cache import length_limit
 from xpatch.errors import MismatchError
+from xpatch.models.lengths import length_limit
 from xpatch.models.lm_heads import Kind
 from xpatch.patches.requests import Probe
 
@@ -85,6 +85,23 @@ class Prompts:
         if not made.labels or (unknown is not None and unknown in made.labels):
             raise MismatchError(f"the tokenizer has no tokens for the target {target!r}; give words it knows")
         return made
+
+    def open(self, probe: Probe, tokens: int, language: str | None = None) -> Forced:
+        """`probe` as a question that any `tokens` tokens answer (labels stand for their number); a masked model's masks, or all its tokens."""
+        with self._speaking(language):
+            ids, cut = self._encoded(probe, whole=self.kind == "causal")
+            if self.kind == "causal":
+                room = None if self._limit is None else max(1, self._limit - tokens)
+                cut = room is not None and len(ids) > room
+                ids = ids[-room:] if cut else ids  # type: ignore[operator]
+                if not ids:
+                    raise MismatchError("the tokenizer makes no token of the text; give words it knows")
+                return Forced(ids, (), (0,) * tokens, start=len(ids), cut=cut)
+            if self.kind == "seq2seq":
+                return Forced(ids, (), (0,) * tokens, decoder=(), cut=cut)
+            masks = tuple(place for place, token in enumerate(ids) if token == self._tokenizer.mask_token_id)
+            places = masks or tuple(range(len(ids)))
+            return Forced(ids, places, (0,) * len(places), types=self._types(probe), cut=cut)
 
     def heard(self, probe: Probe, answer: tuple[int, ...] = ()) -> Forced:
         """`probe` as it is, for what must stay: every token but the first; beside an encoder those of `answer`, the model's own."""
