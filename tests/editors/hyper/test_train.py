@@ -201,7 +201,7 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
     def fail(*ignored: Any, **also: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("xpatch.editors.hyper.folder.save_file", fail)
+    monkeypatch.setattr("xpatch.editors.files.save_file", fail)
     with pytest.raises(FormatError, match="cannot be written"):
         train(tmp_path / "e")
     assert [path.name for path in (tmp_path / "e").iterdir()] == [CARD]
