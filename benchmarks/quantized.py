@@ -25,6 +25,7 @@ from xpatch import zoo
 from xpatch.evaluation import batches, measure
 from xpatch.evaluation.questions import Question, case_questions, locality_questions
 from xpatch.evaluation.runner import collect
+from xpatch.evaluation.subject import subject_of
 from xpatch.exporters import Session, export_base, quantize_base
 
 from . import machine, markdown
@@ -60,10 +61,11 @@ def run(
     if model is None:
         model, tokenizer = zoo.load("verifier")
     asked = bundled(edits, locality) if protocol is None else protocol
+    subject = subject_of(model, tokenizer)
     questions = [
-        *case_questions(model, asked.cases),
-        *locality_questions(model, "locality_train", asked.locality_train, asked.groups.get("train")),
-        *locality_questions(model, "locality_test", asked.locality_test, asked.groups.get("test")),
+        *case_questions(subject, asked.cases),
+        *locality_questions(subject, "locality_train", asked.locality_train, asked.groups.get("train")),
+        *locality_questions(subject, "locality_test", asked.locality_test, asked.groups.get("test")),
     ]
     with steps(progress, 1 + len(SIDES)) as bar, tempfile.TemporaryDirectory() as folder:
         bar.begin("edit")
