@@ -2,7 +2,7 @@
 
     xpatch bench latency --backend ort --model bert-base --json results/latency_ort.json
 
-Two graphs of the same model: "full" computes every row of the last layer, "head" the one the head reads. Sides are called in turn on the
+Three graphs of the same model: "full" computes every row of the last layer, "head" the one the head reads, "int8" is that one quantised. Sides are called in turn on the
 same inputs, one thread of each backend as set. `swap` is the time of `Session.apply` for a set of other patches.
 """
 
@@ -32,7 +32,7 @@ from .progress import steps
 if TYPE_CHECKING:
     from rich.console import Group
 
-SIDES = ("torch", "full", "head", "full_patched", "head_patched")
+SIDES = ("torch", "full", "head", "full_patched", "head_patched", "int8_patched")
 CODE = ("ort_latency", "model_patches", "model_shapes", "latency", "trained", "texts")
 ROOMS = ("exporters", "models", "ops", "patches", "runtime")
 SWAPPED = 1000  # patches of the set that is swapped
@@ -94,7 +94,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Made:
-    """One model, its two graphs, and trained patches of its width."""
+    """One model, its graphs, and trained patches of its width."""
 
     subject: Subject
     model: Any
@@ -104,7 +104,7 @@ class _Made:
 
 
 def _made(one: Subject, folder: Path, count: int, seed: int, cases: Callable[..., Any] | None) -> _Made:
-    from xpatch.exporters import export_base
+    from xpatch.exporters import export_base, quantize_base
 
     model = one.make(seed)
     case = case_for(model.config.hidden_size, count, seed, cases)
@@ -112,6 +112,7 @@ def _made(one: Subject, folder: Path, count: int, seed: int, cases: Callable[...
         name: export_base(model, folder / name, activation=case.activation, sites=[one.site], linears=[], head_only=name == "head")
         for name in ("full", "head")
     }  # fmt: skip
+    folders["int8"] = quantize_base(folders["head"], folder / "int8")
     return _Made(one, model, folders, case, seed)
 
 
@@ -131,11 +132,13 @@ def _row(
     patches = xpatch.PatchSet(parts={"neurons": neurons})
     asked = random_ids(made.model, batch, tokens, made.seed + 1)
     inputs = {"input_ids": asked.numpy(), "attention_mask": torch.ones_like(asked).numpy()}
-    sessions = {name: Session(folder, threads=torch.get_num_threads()) for name, folder in made.folders.items()}
-    sessions |= {
-        f"{name}_patched": Session(folder, {"fixes": patches}, threads=torch.get_num_threads())
-        for name, folder in made.folders.items()
-    }
+    sessions = {
+        side: Session(
+            made.folders[side.removesuffix("_patched")], {"fixes": patches} if side.endswith("_patched") else (),
+            threads=torch.get_num_threads(),
+        )
+        for side in SIDES if side != "torch"
+    }  # fmt: skip
     call = classify(made.model, asked)
     calls: dict[str, Callable[[], Any]] = {"torch": lambda: call(made.model)}
     for name, session in sessions.items():
@@ -160,6 +163,7 @@ def _row(
         "ratio_full": round(patched / found["full_ms"], 4),
         "ratio_head": round(patched / found["head_ms"], 4),
         "ratio_torch": round(patched / found["torch_ms"], 4),
+        "ratio_torch_int8": round(found["int8_patched_ms"] / found["torch_ms"], 4),
         "max_logit_diff": float(f"{float((first['head_patched'] - expected).abs().max()):.4g}"),
         "moved": float(f"{float((expected - first['torch']).abs().max()):.4g}"),
         "swap_ms": _swap(sessions["head_patched"], neurons),
@@ -221,18 +225,20 @@ def table(result: Mapping[str, Any]) -> Group:
         "full ms",
         "head ms",
         "patched ms",
+        "int8 ms",
         "of full",
         "of head",
         "of torch",
+        "int8",
         "swap ms",
     ):
         shown.add_column(head, justify="right")
     for row in result["rows"]:
         times = [
             f"{row[f'{side}_ms']:.1f} ±{row[f'{side}_iqr_ms']:.1f}"
-            for side in ("torch", "full", "head", "head_patched")
+            for side in ("torch", "full", "head", "head_patched", "int8_patched")
         ]
-        ratios = [f"{row[field]:.3f}" for field in ("ratio_full", "ratio_head", "ratio_torch")]
+        ratios = [f"{row[field]:.3f}" for field in ("ratio_full", "ratio_head", "ratio_torch", "ratio_torch_int8")]
         shown.add_row(
             row["model"],
             str(row["batch"]),
