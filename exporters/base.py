@@ -41,8 +41,8 @@ def export_base(
 
     model: a Hugging Face text model with logits, in fp32, without patches; it is left as it was. Classifiers and masked language models
     become `model.onnx`; decoders (GPT-2, BLOOM, OPT, Llama, Qwen and others) `model.onnx` with a cache of keys and values, which may be
-    empty; encoder-decoders (T5, mT5, BART, Marian, M2M100) `encoder_model.onnx` and `decoder_model.onnx`. sites: FFNs that get a neuron slot (default: the final one). linears: linear layers that get a
-    low-rank slot (default: the down projection of those FFNs). activation: of the neurons; fixed in the graph, so a set with
+    empty; encoder-decoders (T5, mT5, BART, Marian, M2M100) `encoder_model.onnx` and `decoder_model.onnx`.
+    sites: FFNs that get a neuron slot (default: the final one). linears: linear layers that get a low-rank slot (default: the down projection of those FFNs). activation: of the neurons; fixed in the graph, so a set with
     another needs another base. languages: fixes the order of the language masks' rows; None lets each adapter bring its own;
     an empty sequence leaves the mask inputs out, which is a little faster. head_only: the last layer computes only the row that a
     classifier's head reads, patches included, where that row is known (`xpatch.optimize` does the same in PyTorch); False computes all.

@@ -33,12 +33,13 @@ def generate(session: Session, inputs: Mapping[str, Any], max_new_tokens: int, x
             "(tokenizer.padding_side = 'left')"
         )
     said = given["input_ids"] if base.kind == "decoder" else np.full((rows, 1), base.start_token or 0, np.int64)
+    patches = session.patch_inputs(rows, xpatch=xpatch)
     ended = np.zeros(rows, bool)
     past: dict[str, Array] = {}
     step = said
     for _ in range(max_new_tokens):
         text = {} if base.kind == "decoder" or past else {"input_ids": given["input_ids"]}
-        found = session.run({**text, own: step, "attention_mask": mask, **past}, xpatch=xpatch)
+        found = session.step({**text, own: step, "attention_mask": mask, **past}, patches)
         past = {PAST + name.removeprefix(PRESENT): value for name, value in found.items() if name != "logits"}
         chosen = np.where(ended, base.pad_token, found["logits"][:, -1].argmax(-1))
         step = chosen[:, None].astype(np.int64)

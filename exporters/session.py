@@ -158,8 +158,14 @@ class Session:
         all sets for every row. Missing masks are all ones, missing token types all zeros. Raises `MismatchError` for unknown names or
         shapes, `ConflictError` for inputs that belong to patches and for sets whose language masks differ.
         """
-        feed: dict[str, Any] = dict(prepared(self.base, inputs))
-        patches = self.patch_inputs(len(next(iter(feed.values()))), xpatch=xpatch)
+        feed = prepared(self.base, inputs)
+        return self._answer(feed, self.patch_inputs(len(next(iter(feed.values()))), xpatch=xpatch))
+
+    def step(self, inputs: Mapping[str, Any], patches: Mapping[str, Any]) -> dict[str, Array]:
+        """`run` with the patches that `patch_inputs` gave: several steps of one text keep them, whatever is applied meanwhile."""
+        return self._answer(prepared(self.base, inputs), patches)
+
+    def _answer(self, feed: dict[str, Array], patches: Mapping[str, Any]) -> dict[str, Array]:
         if self.base.kind != "encoder-decoder":
             return self._run("model", feed, patches)
         mask, past = feed.pop("attention_mask"), {name: feed[name] for name in feed if name.startswith(PAST)}
@@ -178,7 +184,7 @@ class Session:
         prompt included; `[B, 1 + new]` of an encoder-decoder, the start token included.
 
         inputs: `input_ids` `[B, T]` and `attention_mask`; a decoder's prompts are padded on the left. Rows that ended are filled with the
-        padding token. xpatch: as in `run`. Raises as `run`, and `MismatchError` for a model that generates nothing.
+        padding token. xpatch: as in `run`; the sets are those of the first token to the end. Raises as `run`, and `MismatchError` for a model that generates nothing.
         """
         return generate(self, inputs, max_new_tokens, xpatch)
 

@@ -134,6 +134,24 @@ def test_encoder_decoders(family, made, tiny):
         xpatch.remove(one.model)
 
 
+def test_a_text_is_finished_with_the_sets_it_began_with(made, tiny, monkeypatch):
+    one = made("gpt2-lm", tiny)
+    session, inputs = Session(one.folder, patched(one.ffn, scale=2.0), threads=1), prompts()
+    expected = session.generate(inputs, max_new_tokens=6, xpatch=xpatch.Rows(languages="en"))
+    bare = session.generate(inputs, max_new_tokens=6, xpatch=xpatch.Rows(patches="__base__"))
+    assert not np.array_equal(expected, bare)
+    step = Session.step
+
+    def removed_meanwhile(self, *args):
+        found = step(self, *args)
+        self.remove()
+        return found
+
+    monkeypatch.setattr(Session, "step", removed_meanwhile)
+    assert np.array_equal(session.generate(inputs, max_new_tokens=6, xpatch=xpatch.Rows(languages="en")), expected)
+    assert session.status().names == ()
+
+
 @pytest.mark.slow
 def test_slots_in_both_graphs_and_an_adapter(tiny, tmp_path):
     model = built("t5", tiny)
