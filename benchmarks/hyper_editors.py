@@ -5,6 +5,11 @@
 Editors are trained on the verifier's classification facts alone, half of the edits flips, and kept in a folder beside the result that
 git ignores (`hyper_editors.work/METHOD-MODE`); an interrupted training goes on, a finished one is used again:
 `xpatch.edit(..., method="mend", editor="benchmarks/results/hyper_editors.work/mend-en-all")`.
+
+    python -m xpatch.benchmarks.hyper_editors --base benchmarks/results/crosslingual.work/bases/zh --editors ke:en-en mend:en-en
+
+trains editors for a base fine-tuned in another language (`bases.py`), for XME's matrices: an editor belongs to the weights it was
+trained on. They are kept in a folder of the base's name. Without `--json` nothing is measured.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from xpatch import EditRequest, Version, zoo
 from xpatch.patches.requests import Probe
 from xpatch.zoo.verifier import data
 
-from . import machine
+from . import bases, machine
 from .hyper_measure import alone, asked_of, together
 from .progress import steps
 from .protocol import INVERSE, TRAINED
@@ -103,6 +108,13 @@ def train(
     )
 
 
+def subject_of(base: str | Path | None, work: str | Path = WORK) -> tuple[Any, Any, Path]:
+    """`(model, tokenizer, folder of its editors)` of the bundled verifier, or of the base in the folder `base`."""
+    if base is None:
+        return *zoo.load("verifier"), Path(work)
+    return *bases.load(Path(base)), Path(work) / Path(base).name
+
+
 def editor(method: str, work: str | Path = WORK) -> str:
     """The folder of the editor the cross-lingual benchmark uses for `method`."""
     return str(Path(work) / f"{method}-{CHOSEN[method]}")
@@ -117,13 +129,15 @@ def run(
     seed: int = 0,
     progress: bool | None = None,
     command: Sequence[str] | None = None,
+    base: str | Path | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Train `editors` and measure each on the verifier's validation facts; JSON values, written to `out` when it is given.
 
-    edits: limit for a quick look. overrides: settings of the training.
+    edits: limit for a quick look. base: folder of a base of `bases.py` in place of the bundled verifier; its editors are kept in
+    `work / NAME`. overrides: settings of the training.
     """
-    model, tokenizer = zoo.load("verifier")
+    model, tokenizer, work = subject_of(base, work)
     rows, asked = [], asked_of(model, tokenizer, edits)
     with steps(progress, len(editors)) as step:
         for name in editors:
@@ -156,13 +170,22 @@ def run(
 def main() -> None:
     """The command line of `python -m xpatch.benchmarks.hyper_editors`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path, help="result file; without it editors are trained and not measured")
+    parser.add_argument("--base", type=Path, help="a base made by bases.py instead of the bundled verifier")
     parser.add_argument("--editors", nargs="+", default=list(EDITORS))
     parser.add_argument("--edits", type=int)
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--seed", type=int, default=0)
     found = parser.parse_args()
-    run(found.json, editors=found.editors, edits=found.edits, work=found.work, seed=found.seed)
+    if found.json is None:
+        model, tokenizer, work = subject_of(found.base, found.work)
+        with steps(None, len(found.editors)) as step:
+            for name in found.editors:
+                step.begin(name)
+                train(name, model, tokenizer, work=work, seed=found.seed, progress=step.report)
+                step.end()
+        return
+    run(found.json, editors=found.editors, edits=found.edits, work=found.work, seed=found.seed, base=found.base)
 
 
 if __name__ == "__main__":

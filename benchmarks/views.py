@@ -151,6 +151,29 @@ def zero_shot_table(rows: Sequence[Mapping[str, Any]], field: str = "clg_unseen"
     return View("Languages left out of training", ["trained on", *languages, "left out, mean"], body, note)
 
 
+def language_model_table(result: Mapping[str, Any]) -> View:
+    """Language models: edits right by greedy decoding, per language, in unseen wordings, and other answers that stay."""
+    rows = [(found["base"], row) for found in result["bases"] for row in found["methods"]]
+    languages = languages_of([row for _, row in rows], "clg_needed")
+    body = [
+        [
+            Cell(f"{base}: {label(row)}"),
+            Cell(f"{row['patches']:g}"),
+            *(Cell(number(row["clg_needed"].get(language))) for language in languages),
+            *(Cell(number(row[field])) for field in ("clg_unseen_avg", "unchanged_avg")),
+            Cell(f"{row['seconds']:.0f}"),
+        ]
+        for base, row in rows
+    ]
+    heads = ["base, method", "patches", *languages, "unseen wordings", "unchanged", "seconds"]
+    asked = result["protocol"]
+    note = (
+        f"{asked['edit_set']} facts edited at once, each with its own answer in every language; an answer is right when greedy decoding says "
+        "it whole, unchanged when it says about another subject what it said before. Small bases, trained on the facts alone."
+    )
+    return View("Language models", heads, body, note)
+
+
 def matrix_summary(matrices: Sequence[Mapping[str, Any]]) -> View:
     """XME's means: GS on the diagonal, within a script and across scripts, and SS; the published rows below each method."""
     heads = [

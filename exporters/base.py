@@ -20,6 +20,7 @@ from xpatch.exporters.parity import check_parity
 from xpatch.exporters.slots import Slot, prefixes
 from xpatch.exporters.trace import evaluating, trace
 from xpatch.models.anatomy import ffn_site, final_ffn, linear
+from xpatch.models.lengths import position_limit
 from xpatch.models.readers import Reader, reader_of
 from xpatch.ops.reference import canonical_activation
 from xpatch.patches.identity import identify
@@ -78,7 +79,7 @@ def export_base(
         languages=tuple(languages) if languages is not None else None,
         identity=identify(model, tokenizer),
         labels=tuple(str(labels[key]) for key in sorted(labels)) if planned.kind == "logits" else (),
-        max_tokens=_max_tokens(model),
+        max_tokens=position_limit(model),
         opset=opset,
         head_only=reader is not None,
         **_special_tokens(model, planned),
@@ -114,23 +115,6 @@ def _special_tokens(model: Any, planned: Plan) -> dict[str, Any]:
         "start_token": start if planned.kind == "encoder-decoder" else None,
         "end_tokens": tuple(ends) if planned.kind != "logits" else (),
     }
-
-
-def _max_tokens(model: nn.Module) -> int | None:
-    """The longest text the positions of a model allow, special tokens included; None where there is no such limit, or it is unknown."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "relative_attention_num_buckets", None) is not None:  # T5's positions have no end
-        return None
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if limit is None:
-        return None
-    # RoBERTa counts positions from behind the padding index, and so has fewer than its table has rows.
-    offset = any(
-        getattr(module, "padding_idx", None)
-        for name, module in model.named_modules()
-        if name.endswith("position_embeddings")
-    )
-    return int(limit) - (int(getattr(config, "pad_token_id", 0) or 0) + 1 if offset else 0)
 
 
 def _reader(model: nn.Module) -> Reader | None:

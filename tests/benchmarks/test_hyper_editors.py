@@ -79,3 +79,19 @@ def test_the_work_folder_is_ignored_and_its_editors_are_used_again(result):
         editor=hyper_editors.editor("mend", place / "work"), progress=False,
     )  # fmt: skip
     assert len(patches.parts) == 6
+
+
+def test_editors_of_another_base_lie_apart(tmp_path, monkeypatch):
+    model, tokenizer = zoo.load("verifier")
+    other = tmp_path / "bases" / "zh"
+    model.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    trained = []
+    monkeypatch.setattr(
+        hyper_editors, "train", lambda name, model, tokenizer, **how: trained.append((name, how["work"]))
+    )
+    monkeypatch.setattr(
+        "sys.argv", ["x", "--base", str(other), "--editors", "ke:en-en", "--work", str(tmp_path / "work")]
+    )
+    hyper_editors.main()
+    assert trained == [("ke:en-en", tmp_path / "work" / "zh")]

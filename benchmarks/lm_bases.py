@@ -1,0 +1,189 @@
+"""Small language models that know the bundled facts in six languages: what language-model edits are measured on.
+
+    python -m xpatch.benchmarks.lm_bases --out FOLDER
+
+`gpt2` is a decoder with a GELU FFN, `llama` one with a gated FFN (SwiGLU), `t5` an encoder-decoder. Each is trained from nothing to complete
+every taught question (`lm_facts.py`), minutes a base on one core; a base that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xpatch.models.lm_prompts import Forced, Prompts
+from xpatch.patches.requests import Probe
+from xpatch.zoo.verifier import data
+
+from . import cache, lm_facts
+
+KINDS = ("gpt2", "llama", "t5")
+WIDTH, LAYERS, HEADS, VOCABULARY, TOKENS = 256, 4, 4, 3000, 128
+STEPS, BATCH, PEAK, WARMUP = 5000, 64, 1e-3, 100
+IGNORED = -100
+
+
+def make(
+    folder: Path, kind: str, *, steps: int = STEPS, seed: int = 0, tell: Callable[[str], None] = lambda line: None
+) -> Path:
+    """Train the base `kind` into `folder / kind` and return that path; the share of answers it says is in `accuracy.json`."""
+    path = folder / kind
+    if (path / "config.json").is_file():
+        return path
+    cache.prepare(folder)
+    tokenizer = tokenizer_for(kind)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_for(kind, tokenizer)
+        found = _train(model, tokenizer, kind, random.Random(seed), steps, tell)
+    temporary = folder / f"{kind}.tmp"
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "accuracy.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def load(path: Path) -> tuple[Any, Any]:
+    """`(model, tokenizer)` of a made base, fp32, eval mode."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    auto = AutoModelForSeq2SeqLM if path.name == "t5" else AutoModelForCausalLM
+    model = auto.from_pretrained(path, local_files_only=True)
+    return model.float().eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def tokenizer_for(kind: str) -> Any:
+    """A byte-level BPE of the lessons: every text comes back letter for letter. A decoder's texts begin with `<s>`, an encoder's end with `</s>`."""
+    from tokenizers import ByteLevelBPETokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>"]
+    core = ByteLevelBPETokenizer()
+    lessons = lm_facts.lessons()
+    core.train_from_iterator(
+        [text for _, question, answer in lessons for text in (question, f" {answer}")],
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        show_progress=False,
+    )
+    marked = (
+        {"single": "$A </s>", "special_tokens": [("</s>", 2)]}
+        if kind == "t5"
+        else {"single": "<s> $A", "special_tokens": [("<s>", 1)]}
+    )
+    core._tokenizer.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(**marked)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core._tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=TOKENS,
+    )
+
+
+def model_for(kind: str, tokenizer: Any) -> Any:
+    """A base with random weights."""
+    import transformers as hf
+
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "gpt2":
+        config = hf.GPT2Config(n_positions=TOKENS, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **tokens)  # fmt: skip
+        return hf.GPT2LMHeadModel(config)
+    if kind == "llama":
+        config = hf.LlamaConfig(hidden_size=WIDTH, intermediate_size=8 * WIDTH // 3, num_hidden_layers=LAYERS, num_attention_heads=HEADS, max_position_embeddings=TOKENS, tie_word_embeddings=True, **tokens)  # fmt: skip
+        return hf.LlamaForCausalLM(config)
+    config = hf.T5Config(d_model=WIDTH, d_kv=WIDTH // HEADS, d_ff=4 * WIDTH, num_layers=LAYERS // 2, num_decoder_layers=LAYERS // 2, num_heads=HEADS, dropout_rate=0.0, decoder_start_token_id=0, initializer_factor=0.5, **tokens)  # fmt: skip
+    return hf.T5ForConditionalGeneration(config)
+
+
+def _train(
+    model: Any, tokenizer: Any, kind: str, rng: random.Random, steps: int, tell: Callable[[str], None]
+) -> dict[str, float]:
+    """Teach every lesson; the share of answers whose every token is the likeliest, by language (teacher forcing)."""
+    lessons = lm_facts.lessons()
+    prompts = Prompts(model, tokenizer, "seq2seq" if kind == "t5" else "causal")
+    forced = [prompts.said(Probe(text=question), answer) for _, question, answer in lessons]
+    end = None if kind == "t5" else tokenizer.eos_token_id  # a decoder's answers end, too
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.98), weight_decay=0.01)
+    order: list[int] = []
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        if len(order) < BATCH:
+            order = rng.sample(range(len(forced)), len(forced))
+        rows, order = [forced[index] for index in order[:BATCH]], order[BATCH:]
+        inputs, labels = batch(rows, end)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**inputs).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 250 == 0:
+            tell(json.dumps({"step": step + 1, "loss": round(loss.item(), 4)}))
+    model.eval()
+    return _accuracy(model, forced, [language for language, _, _ in lessons])
+
+
+def batch(rows: Sequence[Forced], end: int | None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """`(inputs, labels)` of a batch; `labels [B, T]` are those of the stack that answers, `IGNORED` where nothing is asked."""
+    if rows[0].decoder is not None:
+        read, told = [row.ids for row in rows], [row.decoder or () for row in rows]
+    else:
+        told = [(*row.ids, row.labels[-1]) if end is not None else row.ids for row in rows]
+        read = told
+    labels = torch.full((len(rows), max(map(len, told))), IGNORED)
+    for index, row in enumerate(rows):
+        labels[index, list(row.positions)] = torch.tensor(row.labels)
+        if row.decoder is None and end is not None:
+            labels[index, len(row.ids)] = end
+    ids, mask = _padded(read)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if rows[0].decoder is not None:
+        inputs["decoder_input_ids"], inputs["decoder_attention_mask"] = _padded(told)
+    return inputs, labels
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+
+
+@torch.inference_mode()
+def _accuracy(model: Any, forced: Sequence[Forced], languages: Sequence[str]) -> dict[str, float]:
+    right: dict[str, list[bool]] = {language: [] for language in data.LANGUAGES}
+    for start in range(0, len(forced), BATCH):
+        inputs, labels = batch(forced[start : start + BATCH], None)
+        said = model(**inputs).logits.argmax(-1)
+        for index, hit in enumerate(((said == labels) | (labels == IGNORED)).all(1).tolist()):
+            right[languages[start + index]].append(hit)
+    return {language: round(100 * sum(hits) / len(hits), 1) for language, hits in right.items()}
+
+
+def main() -> None:
+    """The command line of `python -m xpatch.benchmarks.lm_bases`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--bases", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    given = parser.parse_args()
+    for kind in given.bases:
+        path = make(given.out, kind, steps=given.steps, tell=lambda line: print(line, flush=True))
+        print(path, (path / "accuracy.json").read_text(encoding="utf-8").strip())
+
+
+if __name__ == "__main__":
+    main()
