@@ -93,8 +93,9 @@ def tokenizer_for(kind: str) -> Any:
 
 def model_for(kind: str, tokenizer: Any) -> Any:
     """A base with random weights."""
-    import transformers as hf
+    import transformers
 
+    hf: Any = transformers
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if kind == "gpt2":
         config = hf.GPT2Config(n_positions=TOKENS, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **tokens)  # fmt: skip
