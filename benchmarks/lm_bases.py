@@ -14,12 +14,10 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from xpatch.models.lm_prompts import Forced, Prompts
-from xpatch.patches.requests import Probe
 from xpatch.zoo.verifier import data
 
 from . import cache, lm_facts
@@ -28,6 +26,15 @@ KINDS = ("gpt2", "llama", "t5")
 WIDTH, LAYERS, HEADS, VOCABULARY, TOKENS = 256, 4, 4, 3000, 128
 STEPS, BATCH, PEAK, WARMUP = 5000, 64, 1e-3, 100
 IGNORED = -100
+
+
+class Told(NamedTuple):
+    """A lesson in tokens. read: the question, in a decoder with the answer behind it; answer: the tokens to be said, each behind what
+    stands before it; shifted: what the decoder beside an encoder reads (None: there is none)."""
+
+    read: tuple[int, ...]
+    answer: tuple[int, ...]
+    shifted: tuple[int, ...] | None = None
 
 
 def make(
@@ -112,8 +119,7 @@ def _train(
 ) -> dict[str, float]:
     """Teach every lesson; the share of answers whose every token is the likeliest, by language (teacher forcing)."""
     lessons = lm_facts.lessons()
-    prompts = Prompts(model, tokenizer, "seq2seq" if kind == "t5" else "causal")
-    forced = [prompts.said(Probe(text=question), answer) for _, question, answer in lessons]
+    told = [tokens_of(tokenizer, kind, *lesson) for lesson in lessons]
     end = None if kind == "t5" else tokenizer.eos_token_id  # a decoder's answers end, too
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.98), weight_decay=0.01)
     order: list[int] = []
@@ -122,8 +128,8 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = PEAK * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         if len(order) < BATCH:
-            order = rng.sample(range(len(forced)), len(forced))
-        rows, order = [forced[index] for index in order[:BATCH]], order[BATCH:]
+            order = rng.sample(range(len(told)), len(told))
+        rows, order = [told[index] for index in order[:BATCH]], order[BATCH:]
         inputs, labels = batch(rows, end)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(**inputs).logits
@@ -135,25 +141,37 @@ def _train(
         if (step + 1) % 250 == 0:
             tell(json.dumps({"step": step + 1, "loss": round(loss.item(), 4)}))
     model.eval()
-    return _accuracy(model, forced, [language for language, _, _ in lessons])
+    return _accuracy(model, told, [language for language, _, _ in lessons])
 
 
-def batch(rows: Sequence[Forced], end: int | None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """`(inputs, labels)` of a batch; `labels [B, T]` are those of the stack that answers, `IGNORED` where nothing is asked."""
-    if rows[0].decoder is not None:
-        read, told = [row.ids for row in rows], [row.decoder or () for row in rows]
-    else:
-        told = [(*row.ids, row.labels[-1]) if end is not None else row.ids for row in rows]
-        read = told
-    labels = torch.full((len(rows), max(map(len, told))), IGNORED)
-    for index, row in enumerate(rows):
-        labels[index, list(row.positions)] = torch.tensor(row.labels)
-        if row.decoder is None and end is not None:
-            labels[index, len(row.ids)] = end
-    ids, mask = _padded(read)
+def tokens_of(tokenizer: Any, kind: str, language: str, question: str, answer: str) -> Told:
+    """A lesson as `xpatch.edit` forces it on a model of this kind: a space goes before an answer, but in Chinese."""
+    if kind == "t5":
+        said = tuple(tokenizer(text_target=answer)["input_ids"])
+        return Told(tuple(tokenizer(question)["input_ids"]), said, (0, *said[:-1]))
+    read = tokenizer(question)["input_ids"]
+    whole = tokenizer(f"{question}{'' if language == 'zh' else ' '}{answer}")["input_ids"]
+    assert whole[: len(read)] == read, question
+    return Told(tuple(whole[:-1]), tuple(whole[len(read) :]))
+
+
+def batch(rows: Sequence[Told], end: int | None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """`(inputs, labels)` of a batch; `labels [B, T]` are those of the stack that answers, `IGNORED` where nothing is asked.
+
+    end: the token a decoder says behind its answer; None asks for none.
+    """
+    rows = [
+        row if end is None else row._replace(read=(*row.read, row.answer[-1]), answer=(*row.answer, end))
+        for row in rows
+    ]
+    ids, mask = _padded([row.read for row in rows])
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if rows[0].decoder is not None:
-        inputs["decoder_input_ids"], inputs["decoder_attention_mask"] = _padded(told)
+    answering = [row.read if row.shifted is None else row.shifted for row in rows]
+    if rows[0].shifted is not None:
+        inputs["decoder_input_ids"], inputs["decoder_attention_mask"] = _padded(answering)
+    labels = torch.full((len(rows), max(map(len, answering))), IGNORED)
+    for index, (row, reads) in enumerate(zip(rows, answering, strict=True)):
+        labels[index, len(reads) - len(row.answer) : len(reads)] = torch.tensor(row.answer)
     return inputs, labels
 
 
@@ -164,10 +182,10 @@ def _padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.inference_mode()
-def _accuracy(model: Any, forced: Sequence[Forced], languages: Sequence[str]) -> dict[str, float]:
+def _accuracy(model: Any, told: Sequence[Told], languages: Sequence[str]) -> dict[str, float]:
     right: dict[str, list[bool]] = {language: [] for language in data.LANGUAGES}
-    for start in range(0, len(forced), BATCH):
-        inputs, labels = batch(forced[start : start + BATCH], None)
+    for start in range(0, len(told), BATCH):
+        inputs, labels = batch(told[start : start + BATCH], None)
         said = model(**inputs).logits.argmax(-1)
         for index, hit in enumerate(((said == labels) | (labels == IGNORED)).all(1).tolist()):
             right[languages[start + index]].append(hit)

@@ -9,7 +9,7 @@ import torch
 
 import xpatch
 from xpatch import zoo
-from xpatch.benchmarks import hyper_editors, hyper_measure, readme
+from xpatch.benchmarks import hyper_editors, hyper_measure, result_blocks
 from xpatch.zoo.verifier import data
 
 SMALL = {"steps": 1, "edits_per_step": 2, "validation_edits": 2, "rank": 8, "validate_every": 1}
@@ -62,7 +62,7 @@ def test_what_is_measured(result):
 
 
 def test_the_readme_shows_what_was_measured(result):
-    text = readme.trained_editors(result[1])
+    text = result_blocks.trained_editors(result[1])
     assert "| mend, en-en | " in text and "3 flipped claims" in text
     assert f"{result[1]['rows'][0]['alone']['unchanged_avg']:.1f}" in text
 

@@ -9,6 +9,8 @@ import torch
 
 from xpatch.benchmarks import language_models as benchmark
 from xpatch.benchmarks import lm_bases, lm_facts, views
+from xpatch.models.lm_prompts import Prompts
+from xpatch.patches.requests import Probe
 from xpatch.zoo.verifier import data
 
 SMALL = {"steps": 4, "memory_rows": 40}
@@ -57,21 +59,27 @@ def test_the_splits_share_no_subject():
 
 
 @pytest.mark.usefixtures("few")
-def test_a_batch_asks_for_the_next_token(monkeypatch):
-    from xpatch.models.lm_prompts import Prompts
-    from xpatch.patches.requests import Probe
+@pytest.mark.parametrize("kind", lm_bases.KINDS)
+def test_a_base_is_taught_what_an_edit_forces(kind):
+    tokenizer = lm_bases.tokenizer_for(kind)
+    prompts = Prompts(lm_bases.model_for(kind, tokenizer), tokenizer, "seq2seq" if kind == "t5" else "causal")
+    for lesson in lm_facts.lessons():
+        told, forced = lm_bases.tokens_of(tokenizer, kind, *lesson), prompts.said(Probe(text=lesson[1]), lesson[2])
+        assert (told.read, told.answer, told.shifted) == (forced.ids, forced.labels, forced.decoder)
 
+
+@pytest.mark.usefixtures("few")
+def test_a_batch_asks_for_the_next_token():
     tokenizer = lm_bases.tokenizer_for("gpt2")
-    prompts = Prompts(lm_bases.model_for("gpt2", tokenizer), tokenizer, "causal")
-    rows = [prompts.said(Probe(text=question), answer) for _, question, answer in lm_facts.lessons()[:9]]
-    inputs, labels = lm_bases.batch(rows, 2)
+    lessons = lm_facts.lessons()[:9]
+    inputs, labels = lm_bases.batch([lm_bases.tokens_of(tokenizer, "gpt2", *lesson) for lesson in lessons], 2)
     asked = labels != lm_bases.IGNORED
     ends = asked & (labels == 2)
     assert ends.sum() == 9 and torch.equal(ends.int().argmax(1), inputs["attention_mask"].sum(1) - 1)
     inner = (asked & ~ends)[:, :-1]
     assert torch.equal(labels[:, :-1][inner], inputs["input_ids"][:, 1:][inner])
     said = [tokenizer.decode(row[mask & (row != 2)]).strip() for row, mask in zip(labels, asked, strict=True)]
-    assert said == [answer for _, _, answer in lm_facts.lessons()[:9]]
+    assert said == [answer for _, _, answer in lessons]
 
 
 @pytest.mark.usefixtures("few")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import xpatch
-from xpatch.benchmarks import imports, machine, parts, readme, swap, swap_latency
+from xpatch.benchmarks import imports, machine, parts, result_blocks, swap, swap_latency
 
 TINY = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100,
@@ -42,7 +42,7 @@ def test_the_result_has_every_field(tmp_path, only):
         assert result["crash"]["writes"] == 3 and 0 < result["import_ratio"] <= result["import_in_use_ratio"]
     failed = {goal["what"] for goal in result["goals"] if not goal["met"]}
     assert not {what for what in failed if what.startswith(("crash", "fuzz"))} and "soak: torn" not in failed
-    assert "5 patches" in readme.swap_table(result)
+    assert "5 patches" in result_blocks.swap_table(result)
 
 
 def test_finished_parts_are_reused_until_something_changes(tmp_path, monkeypatch):

@@ -65,8 +65,9 @@ def test_readme_and_page_show_every_part(zero_shot, tmp_path):
     out.write_text(json.dumps({**zero_shot, "part": "table"}))
     tables.path_of(out, "zero-shot").write_text(json.dumps(zero_shot))
     assert (tmp_path / "crosslingual_zero_shot.json").is_file()
-    text = readme.block(tmp_path)
-    assert "**Languages left out of training**" in text and "What the" not in text
+    text = readme.page(tmp_path)
+    assert "## Languages left out of training" in text and "What the" not in text
+    assert "Languages left out" not in readme.block(tmp_path)
     page = report.page(json.loads(out.read_text()), None, [zero_shot])
     assert page.count("Languages left out of training") == 1 and "Locality in every language" in page
     assert len(report.tables(zero_shot)) == 1

@@ -86,4 +86,9 @@ def test_results_block_is_what_the_result_files_say() -> None:
     from xpatch.benchmarks import readme
 
     text = README.read_text(encoding="utf-8")
-    assert readme.rewrite(text, README.parent / "benchmarks" / "results") == text
+    results = README.parent / "benchmarks" / "results"
+    assert readme.rewrite(text, results) == text
+    page = (results / readme.PAGE).read_text(encoding="utf-8")
+    assert readme.page(results) == page
+    for path in re.findall(r"\]\(([\w./]+)\)", page):
+        assert (results / path).exists(), path
