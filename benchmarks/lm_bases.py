@@ -24,7 +24,7 @@ from . import cache, lm_facts
 
 KINDS = ("gpt2", "llama", "t5")
 WIDTH, LAYERS, HEADS, VOCABULARY, TOKENS = 256, 4, 4, 3000, 128
-STEPS, BATCH, PEAK, WARMUP = 5000, 64, 1e-3, 100
+STEPS, BATCH, PEAK, WARMUP = 2000, 64, 1e-3, 100
 IGNORED = -100
 
 

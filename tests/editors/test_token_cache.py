@@ -59,12 +59,14 @@ def test_equal_contexts_are_one_row() -> None:
     assert len(cache) == 2
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "t5", "bert"])
-def test_memory_never_holds_a_first_token(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "bart", "bert"])
+def test_memory_holds_every_token_that_says_something(kind: str) -> None:
+    """Not a text's first token; of a decoder beside an encoder the first one too, for the answer's first word is said there."""
     cache, _, _, _ = bench_of(kind)
     texts = [Probe(text=text) for text in memory()["en"]]
     rows = cache.want([*texts, Probe(text="name1 was", target="city1")])
-    assert rows and all(place > 0 for _, place in cache._places)
+    places = [place for _, place in cache._places]
+    assert rows and (0 in places) == (kind in SEQ2SEQ)
     assert len(cache.want(texts, 3)) == 3
     cache.fill(lambda *event: None)
     assert len(cache.x) == len(cache)
@@ -73,6 +75,17 @@ def test_memory_never_holds_a_first_token(kind: str) -> None:
     cache.fill(lambda *event: None)
     assert torch.equal(cache.x[: len(before)], before) and max(again) < len(cache.x)
     assert cache.logits.shape == (len(cache), 60)
+
+
+@pytest.mark.parametrize("target", ["city1", None])
+def test_memory_leaves_out_what_generation_forces(target: str | None) -> None:
+    cache, _, _, subject = bench_of("bart")
+    subject._model.generation_config.forced_bos_token_id = 1  # [CLS], which the tokenizer's targets begin with
+    try:
+        assert cache.want([Probe(text="name1 was", target=target)])
+        assert all(place > 0 for _, place in cache._places)
+    finally:
+        subject._model.generation_config.forced_bos_token_id = None
 
 
 def test_an_encoders_memory_is_the_models_own_answer() -> None:

@@ -25,8 +25,9 @@ class TokenCache(FeatureCache):
     """Tokens -> rows of `x`, `residual`, `base` `[M, D]` at the final FFN of a language model.
 
     `asked` gives the rows of a wording's target with their labels; `want` those of texts that must stay: the target's tokens of a probe
-    with a target, else every token of the text, or of the model's own greedy answer where it has an encoder; never the first one
-    (as Transformer-Patcher's zsRE memory). `fill` reads them.
+    with a target, else every token of the text, or of the model's own greedy answer where it has an encoder. Nothing is said at a
+    text's first token, nor at a decoder's where generation forces what follows (BART in Transformer-Patcher's zsRE memory): those are
+    left out. `fill` reads them.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class TokenCache(FeatureCache):
                 pending.append(probe)
                 continue
             kept = self._kept(probe)
-            found.update(dict.fromkeys(self._row(kept, place) for place in kept.positions if place))
+            found.update(dict.fromkeys(self._row(kept, place) for place in kept.positions if place or kept.decoder))
         if pending:
             for probe, answer in zip(pending, self._answers(pending), strict=True):
                 kept = self._prompts.heard(probe, answer)

@@ -104,10 +104,15 @@ class Prompts:
             return Forced(ids, places, (0,) * len(places), types=self._types(probe), cut=cut)
 
     def heard(self, probe: Probe, answer: tuple[int, ...] = ()) -> Forced:
-        """`probe` as it is, for what must stay: every token but the first; beside an encoder those of `answer`, the model's own."""
+        """`probe` as it is, for what must stay: every token but the first; beside an encoder those of `answer`, the model's own.
+
+        The decoder's first token is one of them (what follows it is the answer's first word), unless generation forces what it says.
+        """
         ids, cut = self._encoded(probe)
         if self.kind == "seq2seq":
-            return Forced(ids, tuple(range(1, len(answer))), (), decoder=answer, cut=cut)
+            settings = getattr(self._model, "generation_config", None)
+            first = 0 if getattr(settings, "forced_bos_token_id", None) is None else 1
+            return Forced(ids, tuple(range(first, len(answer))), (), decoder=answer, cut=cut)
         return Forced(ids, tuple(range(1, len(ids))), (), types=self._types(probe), cut=cut)
 
     def _answered(self, probe: Probe, target: str) -> Forced:
