@@ -112,7 +112,9 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _view(view: views.View, result: Mapping[str, Any]) -> str:
-    return f"{view.markdown()}\n\nMade by `{result['header']['command']}`, {result['header']['machine']['cpu']}."
+    header = result["header"]
+    made = f"Made by `{header['command']}`, {header['machine']['cpu']}. {header.get('note', '')}".rstrip()
+    return f"{view.markdown()}\n\n{made}"
 
 
 def _speed(results: Path, beside: Path) -> list[str]:
