@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import xpatch
 from xpatch import zoo
 from xpatch.zoo.verifier.classify import accuracy, best_shift, claims_batch, margins
 
@@ -47,20 +48,31 @@ def make(
         torch.manual_seed(seed)
         best, found = _train(model, tokenizer, languages, rng, steps, tell)
     model.load_state_dict(best)
-    temporary = folder / f"{name}.tmp"
+    return keep(path, model, tokenizer, {k: round(100 * v, 1) for k, v in found.items()})
+
+
+def keep(path: Path, model: Any, tokenizer: Any, accuracy: Mapping[str, float]) -> Path:
+    """Write a base to the folder `path`, whole or not at all, with its accuracies (percent) in `accuracy.json`; returns `path`."""
+    temporary = path.with_name(f"{path.name}.tmp")
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    (temporary / "accuracy.json").write_text(json.dumps({k: round(100 * v, 1) for k, v in found.items()}) + "\n")
+    (temporary / "accuracy.json").write_text(json.dumps(accuracy) + "\n", encoding="utf-8")
     temporary.replace(path)
     return path
 
 
 def load(path: Path) -> tuple[Any, Any]:
-    """`(model, tokenizer)` of a made base, fp32, eval mode."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    """`(model, tokenizer)` of a made base, fp32, eval mode. Raises `FormatError` where there is none."""
+    import transformers
 
-    model = AutoModelForSequenceClassification.from_pretrained(path, local_files_only=True)
-    return model.float().eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if not (path / "config.json").is_file():
+        raise xpatch.FormatError(
+            f"there is no base at {path}: expected a folder with config.json; make it with `python -m xpatch.benchmarks.bases` (classifiers) "
+            "or `python -m xpatch.benchmarks.lm_bases`"
+        )
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(path, local_files_only=True)
+    return model.float().eval(), transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
 def _train(
@@ -107,12 +119,12 @@ def _mean(found: dict[str, float], languages: Sequence[str]) -> float:
     return sum(found[language] for language in languages) / len(languages)
 
 
-def main() -> None:
-    """The command line of `python -m xpatch.benchmarks.bases`."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def command_line(about: str, names: Sequence[str], steps: int, make: Callable[..., Path]) -> None:
+    """Read the arguments of a module that makes bases, and make them."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--bases", nargs="+", choices=list(LANGUAGES), default=list(LANGUAGES))
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--bases", nargs="+", choices=names, default=list(names))
+    parser.add_argument("--steps", type=int, default=steps)
     given = parser.parse_args()
     for name in given.bases:
         path = make(given.out, name, steps=given.steps, tell=lambda line: print(line, flush=True))
@@ -120,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, list(LANGUAGES), STEPS, make)

@@ -108,13 +108,6 @@ def train(
     )
 
 
-def subject_of(base: str | Path | None, work: str | Path = WORK) -> tuple[Any, Any, Path]:
-    """`(model, tokenizer, folder of its editors)` of the bundled verifier, or of the base in the folder `base`."""
-    if base is None:
-        return *zoo.load("verifier"), Path(work)
-    return *bases.load(Path(base)), Path(work) / Path(base).name
-
-
 def editor(method: str, work: str | Path = WORK) -> str:
     """The folder of the editor the cross-lingual benchmark uses for `method`."""
     return str(Path(work) / f"{method}-{CHOSEN[method]}")
@@ -130,20 +123,31 @@ def run(
     progress: bool | None = None,
     command: Sequence[str] | None = None,
     base: str | Path | None = None,
+    measured: bool = True,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Train `editors` and measure each on the verifier's validation facts; JSON values, written to `out` when it is given.
 
     edits: limit for a quick look. base: folder of a base of `bases.py` in place of the bundled verifier; its editors are kept in
-    `work / NAME`. overrides: settings of the training.
+    `work / NAME`. measured: False only trains. overrides: settings of the training. Raises `FormatError` for an editor or a base there
+    is not.
     """
-    model, tokenizer, work = subject_of(base, work)
-    rows, asked = [], asked_of(model, tokenizer, edits)
+    unknown = [name for name in editors if name.partition(":")[0] not in CHOSEN or name.partition(":")[2] not in MODES]
+    if unknown:
+        raise xpatch.FormatError(
+            f"there is no editor {unknown[0]!r}; expected METHOD:MODE with a method of {', '.join(CHOSEN)} and a mode of {', '.join(MODES)}"
+        )
+    model, tokenizer = zoo.load("verifier") if base is None else bases.load(Path(base))
+    work = Path(work) if base is None else Path(work) / Path(base).name
+    rows, asked = [], asked_of(model, tokenizer, edits) if measured else None
     with steps(progress, len(editors)) as step:
         for name in editors:
             step.begin(name)
             training = train(name, model, tokenizer, work=work, seed=seed, progress=step.report, **overrides)
             method = name.partition(":")[0]
+            if asked is None:
+                step.end()
+                continue
             rows.append(
                 {
                     "editor": name,
@@ -177,15 +181,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--seed", type=int, default=0)
     found = parser.parse_args()
-    if found.json is None:
-        model, tokenizer, work = subject_of(found.base, found.work)
-        with steps(None, len(found.editors)) as step:
-            for name in found.editors:
-                step.begin(name)
-                train(name, model, tokenizer, work=work, seed=found.seed, progress=step.report)
-                step.end()
-        return
-    run(found.json, editors=found.editors, edits=found.edits, work=found.work, seed=found.seed, base=found.base)
+    if found.json is None and found.edits is not None:
+        parser.error("--edits is for what is measured; give --json as well")
+    run(
+        found.json, editors=found.editors, edits=found.edits, work=found.work, seed=found.seed, base=found.base,
+        measured=found.json is not None,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

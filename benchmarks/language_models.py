@@ -1,6 +1,6 @@
 """Edits of language models: what greedy decoding says afterwards, in six languages, on a decoder, a gated decoder and an encoder-decoder.
 
-    python -m xpatch.benchmarks.language_models --json benchmarks/results/language_models.json
+    python -m xpatch.benchmarks.language_models --presets default --json benchmarks/results/language_models.json
 
 The bases are small and know the bundled facts (`lm_bases.py`). An edit asks for another object in every language, by its own name: six
 answers of one to a few tokens. Settings were chosen on `--split validation`; `test` (the default) is other facts. An answer is right
@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import xpatch
 
+from . import bases as kept_bases
 from . import cache, lm_bases, lm_facts, machine, plan
 from .crosslingual import measure
 from .plan import Row
@@ -60,7 +59,7 @@ def run(
 
     split: "validation" or "test". edits, locality: at most so many edits, and facts of each kind that must stay. methods, presets: only
     these rows. folder: of the bases, by default in the work folder; a missing one is trained there, in minutes. work: folder of finished
-    rows, by default beside `out`. overrides: settings of all methods.
+    rows, by default beside `out`. overrides: settings of all methods. Raises `FormatError` for a base, split or method there is not.
     """
     work = Path(work) if work else Path(out).with_suffix(".work") if out else None
     where = Path(folder) if folder else (work or Path("benchmarks") / "results" / "language_models.work") / "bases"
@@ -80,7 +79,7 @@ def run(
     }
     with steps(progress, len(bases) * sum(len(row.seeds(seeds)) for row in planned)) as step:
         for name in bases:
-            model, tokenizer = lm_bases.load(lm_bases.make(where, name, tell=tell))
+            model, tokenizer = kept_bases.load(lm_bases.make(where, name, tell=tell))
             made, skipped = [], []
             for row in planned:
                 try:
@@ -112,20 +111,21 @@ def _row(
     singles, reports = [], []
     for seed in row.seeds(seeds):
         step.begin(f"{base}: {row.key} seed {seed}")
-        key = cache.key(model, asked, {**settings, "memory": sum(map(len, memory.values()))}, row.method)[:16]
-        store = work / f"{base}-{row.key}-{seed}-{key}.json.gz" if work else None
-        found = cache.load(store)
-        if found is None:
-            torch.manual_seed(seed)
-            single, report, _ = measure(
-                model, tokenizer, asked, row.method, row.preset, seed, None, step, memory=memory, **settings
-            )
-            single["label"] = row.label
-            found = single, {"together": report}
-            cache.keep(store, *found)
-        singles.append(found[0])
-        reports.append(found[1]["together"])
-        step.end()
+        try:
+            key = cache.key(model, asked, {**settings, "memory": memory}, row.method)[:16]
+            store = work / f"{base}-{row.key}-{seed}-{key}.json.gz" if work else None
+            found = cache.load(store)
+            if found is None:
+                single, report, _ = measure(
+                    model, tokenizer, asked, row.method, row.preset, seed, None, step, memory=memory, **settings
+                )
+                single["label"] = row.label
+                found = single, {"together": report}
+                cache.keep(store, *found)
+            singles.append(found[0])
+            reports.append(found[1]["together"])
+        finally:
+            step.end()
     return summarise(singles, reports)
 
 

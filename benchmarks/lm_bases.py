@@ -8,7 +8,6 @@ every taught question (`lm_facts.py`), minutes a base on one core; a base that i
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -18,9 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from xpatch import FormatError
 from xpatch.zoo.verifier import data
 
-from . import cache, lm_facts
+from . import bases, cache, lm_facts
 
 KINDS = ("gpt2", "llama", "t5")
 WIDTH, LAYERS, HEADS, VOCABULARY, TOKENS = 256, 4, 4, 3000, 128
@@ -40,7 +40,12 @@ class Told(NamedTuple):
 def make(
     folder: Path, kind: str, *, steps: int = STEPS, seed: int = 0, tell: Callable[[str], None] = lambda line: None
 ) -> Path:
-    """Train the base `kind` into `folder / kind` and return that path; the share of answers it says is in `accuracy.json`."""
+    """Train the base `kind` into `folder / kind` and return that path; the share of answers it says is in `accuracy.json`.
+
+    Raises `FormatError` for a kind there is not.
+    """
+    if kind not in KINDS:
+        raise FormatError(f"there is no base {kind!r}; bases: {', '.join(KINDS)}")
     path = folder / kind
     if (path / "config.json").is_file():
         return path
@@ -50,21 +55,7 @@ def make(
         torch.manual_seed(seed)
         model = model_for(kind, tokenizer)
         found = _train(model, tokenizer, kind, random.Random(seed), steps, tell)
-    temporary = folder / f"{kind}.tmp"
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "accuracy.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return path
-
-
-def load(path: Path) -> tuple[Any, Any]:
-    """`(model, tokenizer)` of a made base, fp32, eval mode."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-
-    auto = AutoModelForSeq2SeqLM if path.name == "t5" else AutoModelForCausalLM
-    model = auto.from_pretrained(path, local_files_only=True)
-    return model.float().eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return bases.keep(path, model, tokenizer, found)
 
 
 def tokenizer_for(kind: str) -> Any:
@@ -192,17 +183,5 @@ def _accuracy(model: Any, told: Sequence[Told], languages: Sequence[str]) -> dic
     return {language: round(100 * sum(hits) / len(hits), 1) for language, hits in right.items()}
 
 
-def main() -> None:
-    """The command line of `python -m xpatch.benchmarks.lm_bases`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--bases", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--steps", type=int, default=STEPS)
-    given = parser.parse_args()
-    for kind in given.bases:
-        path = make(given.out, kind, steps=given.steps, tell=lambda line: print(line, flush=True))
-        print(path, (path / "accuracy.json").read_text(encoding="utf-8").strip())
-
-
 if __name__ == "__main__":
-    main()
+    bases.command_line(__doc__, KINDS, STEPS, make)

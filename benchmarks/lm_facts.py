@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xpatch import EditRequest, Version
+from xpatch import EditRequest, FormatError, Version
 from xpatch.patches.requests import Probe
 from xpatch.zoo.verifier import data
 
@@ -80,8 +80,11 @@ def memory() -> dict[str, list[Probe]]:
 def protocol(split: str, edits: int | None = None, locality: int | None = None) -> Protocol:
     """Edits of one of `SPLITS`, and what must stay. edits: at most so many; locality: at most so many facts of each kind.
 
-    The wordings that paraphrases and locality are measured in are not trained on, nor are they in the memory.
+    The wordings that paraphrases and locality are measured in are not trained on, nor are they in the memory. Raises `FormatError` for
+    a split there is not.
     """
+    if split not in SPLITS:
+        raise FormatError(f"there is no split {split!r}; splits: {', '.join(SPLITS)}")
     chosen = SPLITS[split]
     facts = taught(chosen.edits)[:edits]
 

@@ -22,7 +22,7 @@ VERSIONS = ("xpatch", "torch", "transformers", "tokenizers", "numpy", "onnxrunti
 
 def header(seeds: Sequence[int] = (), command: Sequence[str] | None = None) -> dict[str, Any]:
     """Machine, versions, seeds, command and date, as JSON values."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command)
+    words = [*_program(Path(sys.argv[0])), *sys.argv[1:]] if command is None else list(command)
     return {
         "machine": {
             "cpu": cpu_model(),
@@ -39,6 +39,12 @@ def header(seeds: Sequence[int] = (), command: Sequence[str] | None = None) -> d
         "command": " ".join(words),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _program(path: Path) -> list[str]:
+    """How `path` is called: a benchmark as a module, anything else by its name."""
+    here = path.suffix == ".py" and (Path(__file__).parent / path.name).is_file()
+    return ["python", "-m", f"xpatch.benchmarks.{path.stem}"] if here else [path.name]
 
 
 def cpu_model() -> str:

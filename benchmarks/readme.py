@@ -3,7 +3,7 @@
     python -m xpatch.benchmarks.readme README.md
 
 reads the result files in `benchmarks/results/` beside the README, and writes the block between the README's marks (the first tables, and
-what patches cost) and `benchmarks/results/README.md` (every table).
+what patches cost) and `benchmarks/results/README.md` (what editing reaches).
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ CHARTS = {
     "unseen.svg": "Unseen paraphrases right, per language and method",
     "activation.svg": "Edits right and predictions unchanged against the number of patches, six gates",
 }
+# part -> its title, and how many of its tables the page shows; all are in report.html.
 PARTS = {
-    "table": "One claim for each subject",
-    "all-wrong": "Claims that were wrong in every language",
-    "zero-shot": "Languages left out of training",
-    "matrix": "Edits stated in one language",
+    "table": ("One claim for each subject", 4),
+    "all-wrong": ("Claims that were wrong in every language", 3),
+    "zero-shot": ("Languages left out of training", 1),
+    "matrix": ("Edits stated in one language", 1),
 }
 STRETCH = {"kernel_stretch.svg": "What patches cost, against their number"}
 SCALE = {
@@ -67,27 +68,26 @@ def block(results: Path) -> str:
         )
     parts += _charts(results, CHARTS, RESULTS)
     parts += _made(results, {"demo.json": result_blocks.demo_note, "swap.json": result_blocks.swap_table})
-    return "\n\n".join((*parts, *_speed(results, RESULTS)))
+    return "\n\n".join((*parts, *_speed(results)))
 
 
 def page(results: Path) -> str:
-    """The page beside the result files: every table there is, each under its name."""
+    """The page beside the result files: what editing reaches, each table under its name; what patches cost stands in the README."""
     parts = [
         "# Results",
-        "Every table, from the files beside this page; `python -m xpatch.benchmarks.readme README.md` writes it. Charts and intervals: "
-        "[report.html](report.html). What each benchmark asks, and its command: [../README.md](../README.md).",
+        "What editing reaches, from the files beside this page; `python -m xpatch.benchmarks.readme README.md` writes it. Every matrix, locality in "
+        "every language, charts and intervals: [report.html](report.html). What patches cost: [the README](../../README.md). What each benchmark asks, and its command: [../README.md](../README.md).",
     ]
-    for part, title in PARTS.items():
+    for part, (title, shown) in PARTS.items():
         found = _read(path_of(results / "crosslingual.json", part))
         if found is not None:
-            first, *rest = views.views(found)
+            first, *rest = views.views(found)[:shown]
             parts += [f"## {title}", first.markdown(), result_blocks.origin(found)]
             parts += [f"### {view.title}\n\n{view.markdown()}" for view in rest]
     titled: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
         "language_models.json": ("Language models", lambda found: _view(views.language_model_table(found), found)),
         "hyper_editors.json": ("Trained editors", result_blocks.trained_editors),
         "editing.json": ("What an edit takes", speed_blocks.editing_block),
-        "swap.json": ("A fix goes live", result_blocks.swap_table),
     }
     for name, (title, made) in titled.items():
         found = _read(results / name)
@@ -96,9 +96,6 @@ def page(results: Path) -> str:
     charts = [*_charts(results, CHARTS | SCALE, Path())]
     if charts:
         parts += ["## Charts", *charts]
-    speed = _speed(results, Path())
-    if speed:
-        parts += ["## What patches cost", *speed]
     return "\n\n".join(parts) + "\n"
 
 
@@ -117,12 +114,12 @@ def _view(view: views.View, result: Mapping[str, Any]) -> str:
     return f"{view.markdown()}\n\n{made}"
 
 
-def _speed(results: Path, beside: Path) -> list[str]:
+def _speed(results: Path) -> list[str]:
     """The kernel's and whole models' tables, each where its result file is."""
     kernel = {"kernel.json": speed_blocks.kernel_block, "kernel_stretch.json": speed_blocks.stretch_note}
     return [
         *_made(results, kernel),
-        *_charts(results, STRETCH, beside),
+        *_charts(results, STRETCH, RESULTS),
         *_made(results, {"latency.json": speed_blocks.latency_block}),
     ]
 

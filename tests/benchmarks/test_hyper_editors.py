@@ -95,3 +95,18 @@ def test_editors_of_another_base_lie_apart(tmp_path, monkeypatch):
     )
     hyper_editors.main()
     assert trained == [("ke:en-en", tmp_path / "work" / "zh")]
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(xpatch.FormatError, match="no editor 'ke:xx'; expected METHOD:MODE .* en-all"):
+        hyper_editors.run(editors=["mend:en-en", "ke:xx"], work=tmp_path, progress=False)
+    with pytest.raises(xpatch.FormatError, match="no base at .*zh: expected a folder with config.json; make it with"):
+        hyper_editors.run(editors=["ke:en-en"], base=tmp_path / "zh", work=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_of_what_is_not_measured_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x", "--edits", "3"])
+    with pytest.raises(SystemExit):
+        hyper_editors.main()
+    assert "give --json as well" in capsys.readouterr().err

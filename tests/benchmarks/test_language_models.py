@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
+from xpatch import FormatError
 from xpatch.benchmarks import language_models as benchmark
-from xpatch.benchmarks import lm_bases, lm_facts, views
+from xpatch.benchmarks import lm_bases, lm_facts, machine, views
 from xpatch.models.lm_prompts import Prompts
 from xpatch.patches.requests import Probe
 from xpatch.zoo.verifier import data
@@ -104,3 +105,20 @@ def test_a_base_is_made_once_and_measured(kind, tmp_path):
     if kind == "llama":  # fine-tuning knows no gated FFN, and says so
         found = benchmark.run(None, **{**settings, "methods": ["ft"], "memory_rows": 40})
         assert not found["bases"][0]["methods"] and found["bases"][0]["skipped"][0]["method"] == "ft"
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(FormatError, match="no base 'bert'; bases: gpt2, llama, t5"):
+        lm_bases.make(tmp_path, "bert")
+    with pytest.raises(FormatError, match="no split 'train'; splits: validation, test"):
+        lm_facts.protocol("train")
+    with pytest.raises(FormatError, match="no method 'nothing'"):
+        benchmark.run(methods=["nothing"], folder=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_header_says_a_command_that_runs(monkeypatch):
+    monkeypatch.setattr("sys.argv", [benchmark.__file__, "--json", "r.json"])
+    assert machine.header()["command"] == "python -m xpatch.benchmarks.language_models --json r.json"
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/xpatch", "bench", "kernel"])
+    assert machine.header()["command"] == "xpatch bench kernel"
